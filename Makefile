@@ -1,0 +1,38 @@
+# make demo | test | lint | nightly.  TORCH_INDEX chooses another build of torch, e.g. .../whl/cu130 or .../whl/cpu.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint nightly clean
+
+demo: $(VENV)/.installed
+	$(BIN)/surefoot train --data digits --model mlp --loss mse --optimizer delta-gclip --epochs 30
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+nightly: $(VENV)/.installed-dev
+	SUREFOOT_NIGHTLY=1 $(BIN)/python -m pytest -m nightly
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "surefoot needs Python 3.11 or newer; try make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(if $(TORCH_INDEX),$(PIP) torch --index-url $(TORCH_INDEX))
+	$(PIP) -e '.[all]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@

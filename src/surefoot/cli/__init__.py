@@ -1,0 +1,1 @@
+"""The command line: parse, call, print; the exit code is the verdict."""

@@ -1,0 +1,75 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from surefoot.train.progress import duration
+
+
+def console() -> Console:
+    """Return a console that does not wrap tables where there is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=int(os.environ.get("COLUMNS", "120")))
+
+
+def metric_text(metric: dict[str, Any], value: float | None, error: float | None = None) -> str:
+    """Return a metric's value, with its standard error if there is one."""
+    if value is None:
+        return "-"
+    if metric["percent"]:
+        return f"{value:.2%}" + (f" ± {error:.2%}" if error is not None else "")
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def run_table(document: dict[str, Any]) -> None:
+    """Print what a run came to."""
+    summary, regimes = document["summary"], document["regimes"]
+    table = Table(title=document["title"], show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    metric = document["metric"]
+    table.add_row(metric["name"], metric_text(metric, summary["primary"]["value"]))
+    if metric["column"] != "test_loss":
+        table.add_row("test loss", _number(summary["evaluation"].get("test_loss")))
+    table.add_row("train loss", _number(summary["train_loss"]))
+    table.add_row("steps", f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)")
+    total = max(1, sum(regimes.values()))
+    for name, count in regimes.items():
+        table.add_row(f"  {name}", f"{count:,} ({count / total:.1%})")
+    table.add_row("time", f"{duration(summary['seconds'])} ({_number(summary['rows_per_second'])} rows/s)")
+    console().print(table)
+    for note in document["notes"]:
+        print(f"note: {note}")
+
+
+def comparison_table(document: dict[str, Any]) -> None:
+    """Print the arms side by side: mean ± standard error over the seeds."""
+    metric = document["metric"]
+    table = Table(title=document["title"])
+    for name in ("optimizer", "settings", metric["name"], "train loss", "clipped", "floored", "seconds", "runs"):
+        table.add_column(name, justify="left" if name in ("optimizer", "settings") else "right")
+    for arm in document["arms"]:
+        failed = f" ({len(arm['failed'])} failed)" if arm["failed"] else ""
+        loss = arm["train_loss"]
+        table.add_row(
+            arm["name"],
+            " ".join(f"{k}={v if isinstance(v, str) else format(v, 'g')}" for k, v in arm["settings"].items()),
+            metric_text(metric, arm["metric"]["mean"], arm["metric"]["se"]),
+            _number(loss["mean"]) + (f" ± {loss['se']:.2g}" if loss["se"] is not None else ""),
+            f"{arm['regimes']['clipped']:.0%}",
+            f"{arm['regimes']['floored']:.0%}",
+            _number(arm["seconds"]["mean"]),
+            f"{len(arm['seeds'])}{failed}",
+        )
+    console().print(table)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

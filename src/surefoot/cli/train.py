@@ -1,0 +1,87 @@
+"""`surefoot train`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from surefoot.cli.show import run_table
+from surefoot.errors import InputError
+from surefoot.report import write_report
+from surefoot.train.config import TrainConfig, read_config
+from surefoot.train.loop import check_out, default_name, resume, train
+
+
+@dataclass(frozen=True)
+class TrainArgs(TrainConfig):
+    """Train on a data set or your own model; write a run folder with report.html."""
+
+    out: Path | None = None
+    """The run folder to make (a new one under runs/)."""
+    resume: Path | None = None
+    """Go on with the run in this folder."""
+    config: Path | None = None
+    """A run's config.json: repeat it, with the other options given here changed."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `surefoot train` and return its exit code."""
+    args = parse(argv)
+    config = settings(args)
+    if args.resume is not None:
+        if args.out is not None:
+            raise InputError(f"--out {args.out} and --resume {args.resume} contradict each other; give one")
+        folder, document = args.resume, resume(args.resume, config)
+    else:
+        folder = args.out or Path("runs") / default_name(config)
+        check_out(folder)
+        document = train(config, folder)
+    report = write_report(document, folder / "report.html")
+    if document["status"] == "diverged":
+        print(f"surefoot train: {document['message']}", file=sys.stderr)
+        print(f"report: {report}")
+        return 2
+    run_table(document)
+    if document["status"] == "interrupted":
+        print(document["message"])
+    print(f"report: {report}")
+    return 0 if document["status"] == "finished" else 130
+
+
+def parse(argv: list[str]) -> TrainArgs:
+    """Read the options; those of --config or --resume stand where none is given."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    early.add_argument("--resume", type=Path)
+    found, _ = early.parse_known_args(argv)
+    stored: dict[str, Any] = {}
+    if found.config is not None and found.resume is not None:
+        raise InputError(f"--config {found.config} and --resume {found.resume} contradict each other; give one")
+    if found.config is not None:
+        stored = shallow(read_config(found.config))
+    elif found.resume is not None:
+        path = found.resume / "config.json"
+        if not path.is_file():
+            raise InputError(f"--resume {found.resume} is not a run: it holds no config.json")
+        stored = shallow(read_config(path))
+    return tyro.cli(TrainArgs, args=argv, prog="surefoot train", default=TrainArgs(**stored), config=FLAGS)
+
+
+# Flags without "--no-" twins, as command lines have them.
+FLAGS = (tyro.conf.FlagCreatePairsOff,)
+
+
+def shallow(config: TrainConfig) -> dict[str, Any]:
+    """Return the options of a configuration as keyword arguments."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def settings(args: TrainConfig, **changes: Any) -> TrainConfig:
+    """Return the training options of parsed arguments, without the command line's own and with `changes`."""
+    return TrainConfig(**{**{f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig)}, **changes})

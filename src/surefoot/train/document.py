@@ -1,0 +1,111 @@
+"""The run folder read back as the one JSON document that the report shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from surefoot.errors import InputError
+from surefoot.optim.telemetry import REGIMES
+from surefoot.train.files import write_json
+from surefoot.train.record import STEP_COLUMNS, Table, json_number, thinned
+
+FORMAT, VERSION = "surefoot.run", 1
+
+
+def read_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
+    """Return the run.json of a folder, or raise InputError naming `option`."""
+    path = folder / "run.json"
+    if not folder.is_dir():
+        raise InputError(f"{option} {folder}: no such folder")
+    if not path.is_file():
+        raise InputError(f"{option} {folder} is not a run: it holds no run.json; give a folder that --out made")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document["format"], document["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{option} {folder}: run.json cannot be read ({error!r})") from error
+    if found != (FORMAT, VERSION):
+        raise InputError(f"{option} {folder} holds a {found[0]} of version {found[1]}, not a {FORMAT} of {VERSION}")
+    return document
+
+
+def update_run(folder: Path, head: dict[str, Any], metrics: Table, evals: Table) -> dict[str, Any]:
+    """Write run.json from its head (what does not follow from the rows) and the rows of a run; return it."""
+    document = {**head, **_from_rows(head, metrics.columns, evals.columns)}
+    write_json(folder / "run.json", document)
+    return document
+
+
+def rebuild_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
+    """Return the document of a run as its files stand now: also of one that was killed."""
+    head = read_run(folder, option)
+    metrics = Table(STEP_COLUMNS)
+    evals = Table(tuple(head["evals"]))
+    if (folder / "metrics.parquet").is_file():
+        metrics.load(folder / "metrics.parquet", through=2**62)
+        evals.load(folder / "evals.parquet", through=2**62)
+    if head["status"] == "running":
+        head["message"] = "not finished: still running, or killed"
+    return {**head, **_from_rows(head, metrics.columns, evals.columns)}
+
+
+def _from_rows(head: dict[str, Any], steps: dict[str, list[Any]], evals: dict[str, list[Any]]) -> dict[str, Any]:
+    count = Counter(steps["regime"])
+    regimes = {name: count.get(name, 0) for name in REGIMES}
+    taken = [(n, h, r) for n, h, r in zip(steps["grad_norm"], steps["step_length"], steps["regime"]) if r != "skipped"]
+    norms = [n for n, _, _ in taken if math.isfinite(n)]
+    total = max(1, len(steps["step"]))
+    telemetry = {
+        "steps": len(steps["step"]),
+        **regimes,
+        "clip_fraction": regimes["clipped"] / total,
+        "floor_fraction": regimes["floored"] / total,
+        "norm_min": min(norms, default=math.nan),
+        "norm_mean": sum(norms) / len(norms) if norms else math.nan,
+        "norm_max": max(norms, default=math.nan),
+        "path_length": math.fsum(h for _, h, _ in taken if math.isfinite(h)),
+    }
+    last = {name: values[-1] for name, values in evals.items()} if evals["step"] else {}
+    metric = head["metric"]
+    seconds, rows = head["seconds"], head["rows"]
+    summary = {
+        "steps": len(steps["step"]),
+        "epochs": steps["epoch"][-1] if steps["step"] else 0.0,
+        "seconds": seconds,
+        "rows_per_second": rows / seconds if seconds else None,
+        "train_loss": json_number(last.get("train_loss")),
+        "primary": {**metric, "value": json_number(last.get(metric["column"]))},
+        "evaluation": {k: json_number(v) for k, v in last.items() if k.startswith("test_")},
+    }
+    return {
+        "summary": summary,
+        "regimes": regimes,
+        "telemetry": {k: json_number(v) for k, v in telemetry.items()},
+        "series": thinned(steps),
+        "evals": {name: [json_number(v) for v in values] for name, values in evals.items()},
+        "notes": [*head["data"].get("notes", []), *_notes(head["config"], regimes, total)],
+    }
+
+
+def _notes(config: dict[str, Any], regimes: dict[str, int], total: int) -> list[str]:
+    notes = []
+    if config["gamma"] is not None and config["delta"] and not regimes["floored"] and sum(regimes.values()):
+        notes.append(
+            f"delta = {config['delta']:g} has had no effect: no step reached the floor at ||g|| >= gamma/delta, so "
+            "this run is plain clipping. A larger delta, or a smaller gamma, would bring the floor into play."
+        )
+    if regimes["clipped"] > 0.99 * total:
+        notes.append(
+            "More than 99% of the steps were clipped: this is normalised gradient descent, every step of length "
+            "lr times gamma. A larger gamma lets small gradients take small steps."
+        )
+    if regimes["skipped"]:
+        notes.append(
+            f"{regimes['skipped']} of {total} steps were skipped because the gradient norm was NaN or infinite; "
+            "a smaller lr usually ends this."
+        )
+    return notes
