@@ -212,6 +212,14 @@ def test_a_step_has_the_length_of_its_regime(norm: float, regime: str, length: f
     assert counts["scale"] == pytest.approx(length / 0.3 / norm, rel=1e-14)
 
 
+def test_at_the_threshold_the_step_is_the_plain_one_bit_for_bit() -> None:
+    for gamma in (0.1, 0.3, 0.7, 0.7447330639678139, 1.1, 3.3):
+        w, plain = leaf([1.0], [gamma]), leaf([1.0], [gamma])
+        GClip([w], 0.3, gamma=gamma).step()
+        torch.optim.SGD([plain], 0.3).step()
+        assert same_bits([w], [plain])
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from(sorted(RULES)))
 def test_the_global_scope_does_not_see_a_rotation_of_the_coordinates(seed: int, size: float, rule: str) -> None:

@@ -122,6 +122,7 @@ def run(
         "evals": {
             "step": [int(s) for s in at],
             "epoch": _plain(30 * at / max(steps, 1)),
+            "train_loss": _plain(0.04 + 2.2 * np.exp(-6.5 * at / max(steps, 1))),
             "test_loss": _plain(0.09 + 2 * np.exp(-6 * at / max(steps, 1))),
             "test_accuracy": _plain(accuracy),
         },

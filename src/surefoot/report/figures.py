@@ -79,10 +79,11 @@ def loss(step: Array, values: Array, label: str) -> str:
 
 
 def evaluations(panels: Sequence[Panel], label: str) -> str:
-    """A panel for every evaluated quantity, two abreast where there is room."""
+    """A panel for every evaluated quantity, two or three abreast where there is room."""
+    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
 
     def paint(figure: "Figure", compact: bool) -> None:
-        abreast = 1 if compact or len(panels) == 1 else 2
+        abreast = 1 if compact else columns
         across = (COMPACT if compact else WIDE) / abreast
         for i, panel in enumerate(panels):
             left, right = (54, 58) if compact else (58, 72)
@@ -102,12 +103,11 @@ def evaluations(panels: Sequence[Panel], label: str) -> str:
             )
             _plot(axes, panel.step, panel.values, markers=panel.values.size <= 60)
             value_axis(axes, panel.values, log=spans_a_decade(known(panel.values)), as_percent=panel.as_percent)
-            step_axis(axes, panel.step, compact or abreast == 2)
+            step_axis(axes, panel.step, compact or abreast > 1)
             last = known(panel.values)[-1]
             edge_labels(axes, [(float(last), quantity(float(last), panel.as_percent), "series")])
 
-    wide_rows = -(-len(panels) // 2)
-    return draw("fig-evals", label, paint, wide=240 * wide_rows, compact=240 * len(panels))
+    return draw("fig-evals", label, paint, wide=240 * -(-len(panels) // columns), compact=240 * len(panels))
 
 
 def gradient_norm(step: Array, norm: Array, guides: Sequence[Guide], regimes: Sequence[str | None], label: str) -> str:

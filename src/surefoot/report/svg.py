@@ -66,19 +66,19 @@ def draw(figure_id: str, label: str, paint: Paint, *, wide: int, compact: int) -
         ) from missing
 
     drawn = []
-    for variant, width, height in (("wide", WIDE, wide), ("compact", COMPACT, compact)):
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            # The page must not depend on the user's matplotlibrc. rc_context puts everything back.
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "surefoot", "text.parse_math": False})
-            # Text stays text, and the reader's browser finds the glyphs.
-            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from", category=UserWarning)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The page must not depend on the user's matplotlibrc. rc_context puts everything back.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "surefoot", "text.parse_math": False})
+        # Text stays text, and the reader's browser finds the glyphs.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from", category=UserWarning)
+        for variant, width, height in (("wide", WIDE, wide), ("compact", COMPACT, compact)):
             figure = Figure(figsize=(width / 72, height / 72), dpi=72)
             paint(figure, variant == "compact")
             file = io.StringIO()
             metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-        drawn.append(_inline(file.getvalue(), f"{figure_id}-{variant}", variant, label))
+            drawn.append(_inline(file.getvalue(), f"{figure_id}-{variant}", variant, label))
     return "".join(drawn)
 
 

@@ -99,9 +99,12 @@ def _notes(config: dict[str, Any], regimes: dict[str, int], total: int) -> list[
             "this run is plain clipping. A larger delta, or a smaller gamma, would bring the floor into play."
         )
     if regimes["clipped"] > 0.99 * total:
+        plain = config["optimizer"] not in ("adam", "adamw") and not config["momentum"] and not config["weight_decay"]
+        which = "this is normalised gradient descent, every step of length lr times gamma"
+        other = "every gradient was rescaled to the length gamma"
         notes.append(
-            "More than 99% of the steps were clipped: this is normalised gradient descent, every step of length "
-            "lr times gamma. A larger gamma lets small gradients take small steps."
+            f"More than 99% of the steps were clipped: {which if plain else other}. A larger gamma lets small gradients "
+            "take small steps."
         )
     if regimes["skipped"]:
         notes.append(
