@@ -71,3 +71,10 @@ def same_bits(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
         and torch.equal(a.detach().reshape(-1).view(torch.uint8), b.detach().reshape(-1).view(torch.uint8))
         for a, b in zip(list(left), list(right), strict=True)
     )
+
+
+def buffers_of(opt: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return each parameter's momentum buffer as the state dictionary tells it."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    state = opt.state_dict()["state"]
+    return {params[i]: entry["momentum_buffer"] for i, entry in state.items() if "momentum_buffer" in entry}

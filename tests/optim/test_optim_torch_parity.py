@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import backward, batches, network, same_bits
+from optim_helpers import backward, batches, buffers_of, network, same_bits
 from torch import Tensor, nn
 
 from surefoot import DeltaGClip, GClip
@@ -99,11 +99,12 @@ def test_delta_one_and_gamma_infinite_are_sgd_bit_for_bit(
 ) -> None:
     ours, theirs = network(dtype), network(dtype)
     opt = DeltaGClip(ours.parameters(), LR, **letters, **options)
-    sgd = torch.optim.SGD(theirs.parameters(), LR, **options)
+    sgd = torch.optim.SGD(theirs.parameters(), LR, fused=True, **options)
     mine = train(ours, opt)
     assert same_bits(mine, train(theirs, sgd))
     if options.get("momentum"):
-        buffers = [opt.state[p]["momentum_buffer"] for p in ours.parameters()]
+        found = buffers_of(opt)
+        buffers = [found[p] for p in ours.parameters()]
         assert same_bits(buffers, [sgd.state[p]["momentum_buffer"] for p in theirs.parameters()])
     counts = opt.telemetry()
     assert (counts["floored"] > 10) == (letters["delta"] == 1.0)  # far above γ, and still the plain step
@@ -156,7 +157,7 @@ def test_decoupled_decay_is_adamws(dtype: torch.dtype) -> None:
 @everywhere
 def test_an_sgd_checkpoint_is_continued_as_sgd_would(options: dict[str, Any]) -> None:
     theirs = network()
-    sgd = torch.optim.SGD(theirs.parameters(), LR, **options)
+    sgd = torch.optim.SGD(theirs.parameters(), LR, fused=True, **options)
     train(theirs, sgd, steps=10)
     ours = copy.deepcopy(theirs)
     # lr and the options of SGD come with its checkpoint; gamma and delta, which it does not know, stay ours
@@ -175,7 +176,8 @@ def test_a_checkpoint_with_other_groups_is_refused_and_changes_nothing() -> None
     before = copy.deepcopy(opt.state_dict())
     halves = [{"params": list(net.parameters())[:2]}, {"params": list(net.parameters())[2:]}]
     fewer = [{"params": list(net.parameters())[:3]}]
-    for other in (halves, fewer):
+    more = [{"params": list(net.parameters())}, {"params": [nn.Parameter(torch.zeros(1))]}]
+    for other in (halves, fewer, more):
         saved = torch.optim.SGD(other, LR, momentum=0.9).state_dict()
         with pytest.raises(ValueError, match="param"):
             opt.load_state_dict(saved)

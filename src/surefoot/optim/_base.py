@@ -4,106 +4,57 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from surefoot.optim import norm as norms
+from surefoot.optim.checks import check_choice, check_number, nonfinite_message, refuse_sparse
 from surefoot.optim.telemetry import Telemetry
+from surefoot.optim.update import Kernel
 
 NONFINITE = ("skip", "raise", "propagate")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+@dataclass
+class Work:
+    """A parameter group and this rank's part of its gradients."""
+
+    group: dict[str, Any]
+    all_grads: list[Tensor | None]  # one for each of the group's parameters
+    params: list[Tensor]  # those that have a gradient
+    grads: list[Tensor]  # theirs
+
+    def by_scale(self, scales: Sequence[Any]) -> Iterator[tuple[list[Tensor], list[Tensor], Any]]:
+        """Yield parameters and gradients that share a multiplier: all of them, or one tensor at a time."""
+        if not self.params:
+            return
+        if len(scales) == 1:
+            yield self.params, self.grads, scales[0]
+        else:
+            for p, g, s in zip(self.params, self.grads, scales):
+                yield [p], [g], s
 
 
-def check_number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False, inf: bool = False, fix: str = ""
-) -> None:
-    """Raise TypeError or ValueError unless `value` is a number in [low, high] (or (low, high] with `open_low`).
+@dataclass
+class Judgement:
+    """For each group: the norms its multipliers follow, and the norms of its own pieces. Floats or () tensors."""
 
-    An infinite bound is not itself in the range, unless `inf` lets infinity in.
-    """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    within = (low < value if open_low else low <= value) and value <= high
-    if not within or (abs(value) == math.inf and not inf):
-        left = f"({low:g}" if open_low or low == -math.inf else f"[{low:g}"
-        right = "inf)" if high == math.inf and not inf else f"{high:g}]"
-        raise ValueError(f"{name}={value!r} is outside {left}, {right}{'; ' + fix if fix else ''}")
-
-
-def floor_threshold(gamma: float, delta: float) -> float:
-    """Return γ/δ, the norm from which the floor acts: infinite for δ = 0."""
-    return gamma / delta if delta > 0 else math.inf
-
-
-def nonfinite_message(grads: Sequence[Tensor], norm: float) -> str:
-    """Say which of the gradients are not finite."""
-    bad = [i for i, g in enumerate(grads) if not torch.isfinite(g).all()]
-    where = (
-        f"{len(bad)} of {len(grads)} gradients hold NaN or infinity (the first: number {bad[0]}, shape "
-        f"{tuple(grads[bad[0]].shape)})"
-        if bad
-        else "the gradients are finite but their norm overflows"
-    )
-    return f"gradient norm is {norm}: {where}; lower lr, or use nonfinite='skip' to leave out such steps"
-
-
-def sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: list[Tensor | None],
-    scales: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    weight_decay: float,
-    decoupled_weight_decay: bool,
-    maximize: bool,
-) -> None:
-    """Update `params` and `buffers` in place; the gradients are only read.
-
-        d = scale g + λ w           (w <- (1 - lr λ) w first and d = scale g, if decoupled)
-        b = μ b + (1 - τ) d         (b = d at first)
-        w <- w - lr b               (d + μ b in place of b with Nesterov)
-
-    the rule of `torch.optim.SGD` for the gradient scale g. A missing buffer (None) is filled in.
-    """
-    for i, (w, g, scale) in enumerate(zip(params, grads, scales)):
-        d = g * scale
-        if maximize:
-            d = d.neg_()
-        if weight_decay != 0:
-            if decoupled_weight_decay:
-                w.mul_(1 - lr * weight_decay)
-            else:
-                d = d.add_(w, alpha=weight_decay)
-        if momentum != 0:
-            b = buffers[i]
-            if b is None:
-                b = buffers[i] = d.clone()
-            else:
-                b.mul_(momentum).add_(d, alpha=1 - dampening)
-            d = d.add_(b, alpha=momentum) if nesterov else b
-        w.add_(d * -lr if isinstance(lr, Tensor) else d, alpha=1 if isinstance(lr, Tensor) else -lr)
+    judged: list[list[Any]]
+    own: list[list[Any]]
+    total: Any  # the norm over everything
 
 
 class ClippedOptimizer(Optimizer, ABC):
     """SGD whose gradient is multiplied by a function of its own norm. Subclasses say which function."""
 
-    # Each parameter group holds these options of `sgd_` and the letters of its rule.
+    # Each parameter group holds these options and the letters of its rule.
     _shared = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "maximize")
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
 
     def __init__(
         self,
@@ -119,12 +70,14 @@ class ClippedOptimizer(Optimizer, ABC):
         scope: str = "global",
         nonfinite: str = "skip",
         maximize: bool = False,
+        master_weights: bool = False,
     ) -> None:
         check_choice("scope", scope, norms.SCOPES)
         check_choice("nonfinite", nonfinite, NONFINITE)
         self.scope = scope
         self.nonfinite = nonfinite
         self._telemetry = Telemetry()
+        self._kernel = Kernel(master_weights=master_weights)
         sgd = dict(
             zip(self._shared, (lr, momentum, dampening, nesterov, weight_decay, decoupled_weight_decay, maximize))
         )
@@ -160,7 +113,6 @@ class ClippedOptimizer(Optimizer, ABC):
         self._check_group(whole)
         super().add_param_group(param_group)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step; the gradients are read, never written.
 
@@ -173,70 +125,112 @@ class ClippedOptimizer(Optimizer, ABC):
         Raises:
             FloatingPointError: with nonfinite="raise", when the norm is not finite; nothing has been touched.
             ValueError: an option of a group was rewritten to something out of range; nothing has been touched.
+            TypeError: a sparse gradient; nothing has been touched.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        grads = [[cast(Tensor, p.grad) for p in params] for params in groups]
-        everything = [g for group in grads for g in group]
-        if not everything:
-            return loss
-        for g in everything:
-            if g.is_sparse:
-                raise TypeError(
-                    f"a sparse gradient of shape {tuple(g.shape)}: build the embedding with sparse=False, "
-                    "or give these parameters an optimizer of their own"
-                )
-        for group in self.param_groups:
-            # schedules warm up from lr = 0, and torch's LinearLR ends a rounding error below it
-            check_number("lr", group["lr"], -math.inf, math.inf)
-            self._check_group(group)
-        per_tensor = norms.tensor_norms(everything)
-        judged = norms.judged(per_tensor, [len(g) for g in grads], self.scope)
-        scales = [self._scale(n, group).to(n) for n, group in zip(judged, self.param_groups)]
-        total = norms.combine(per_tensor)
-        finite = self.nonfinite == "propagate" or bool(torch.isfinite(total))
-        if not finite and self.nonfinite == "raise":
-            raise FloatingPointError(nonfinite_message(everything, float(total)))
-        if not finite:  # nothing moves, whichever norm it was
-            judged = [total.expand_as(n) for n in judged]
-            scales = [torch.zeros_like(s) for s in scales]
-        self._record(per_tensor, judged, scales, [len(g) for g in grads])
-        if finite:
-            for group, params, group_grads, scale in zip(self.param_groups, groups, grads, scales):
-                self._update(group, params, group_grads, scale)
+        with torch.no_grad():
+            self._step()
         return loss
 
-    def _record(self, per_tensor: Tensor, judged: list[Tensor], scales: list[Tensor], sizes: list[int]) -> None:
-        used = [i for i, size in enumerate(sizes) if size]
-        thresholds = [self._thresholds(self.param_groups[i]) for i in used]
-        lengths = [
-            norms.combine(self.param_groups[i]["lr"] * scales[i] * n)
-            for i, n in enumerate(per_tensor.split(sizes))
-            if sizes[i]
-        ]
-        if self.scope == "global" and len(set(thresholds)) == 1:
-            used, thresholds = used[:1], thresholds[:1]  # one norm, one rule: one verdict a step
-        counts = [judged[i].numel() for i in used]
-        limits = torch.tensor(thresholds, dtype=torch.float64, device=per_tensor.device)
-        limits = limits.repeat_interleave(torch.tensor(counts, device=per_tensor.device), dim=0)
-        self._telemetry.record(
-            torch.cat([judged[i] for i in used]),
-            torch.cat([scales[i] for i in used]),
-            limits[:, 0],
-            limits[:, 1],
-            norms.combine(torch.stack(lengths)),
-        )
+    def _step(self) -> None:
+        work = [self._gather(group) for group in self.param_groups]
+        units: list[Sequence[Tensor]] = [w.group["params"] for w in work]
+        grads: list[Sequence[Tensor | None]] = [w.all_grads for w in work]
+        if self.scope == "tensor":
+            units = [[p] for params in units for p in params]
+            grads = [[g] for found in grads for g in found]
+        idle = not any(w.params for w in work)
+        if idle and not any(norms.is_distributed(*params) for params in units):
+            return
+        for w in work:
+            lr = w.group["lr"]
+            if not isinstance(lr, Tensor) or lr.device.type == "cpu" or lr.numel() != 1:
+                # schedules warm up from lr = 0, and torch's LinearLR ends a rounding error below it
+                check_number("lr", lr, -math.inf, math.inf)
+            self._check_group(w.group)
+        sums = norms.sums_of_squares(units, grads)  # where parameters are cut up, every rank takes part in this
+        if idle:
+            return
+        if all(isinstance(total, float) for total in sums):
+            self._finish_on_host(work, sums)
+        else:
+            self._finish_on_device(work, sums)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], scale: Tensor) -> None:
-        buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
-        scales = list(scale.expand(len(params)).unbind())
-        sgd_(params, grads, buffers, scales, **{name: group[name] for name in self._shared})
-        if group["momentum"] != 0:
-            for p, buffer in zip(params, buffers):
-                self.state[p]["momentum_buffer"] = buffer
+    def _gather(self, group: dict[str, Any]) -> Work:
+        everyone = group["params"]
+        found = [p.grad for p in everyone]
+        if norms.is_distributed(*everyone):
+            found = [norms.local_gradient(p) for p in everyone]
+        grads = [g for g in found if g is not None]
+        params = everyone if len(grads) == len(found) else [p for p, g in zip(everyone, found) if g is not None]
+        if any([g.is_sparse for g in grads]):
+            refuse_sparse(next(g for g in grads if g.is_sparse))
+        return Work(group, found, params, grads)
+
+    def _judge(self, roots: list[Any], work: list[Work]) -> Judgement:
+        """Sort the roots of the sums of squares (one a unit) by group."""
+        if self.scope != "tensor":
+            total = norms.hypot(roots)
+            own = [[n] for n in roots]
+            return Judgement([[total]] * len(work) if self.scope == "global" else own, own, total)
+        rest = iter(roots)
+        own = [[n for g in w.all_grads if (n := next(rest)) is not None and g is not None] for w in work]
+        return Judgement(own, own, norms.hypot([n for piece in own for n in piece]))
+
+    def _finish_on_host(self, work: list[Work], sums: Sequence[Any]) -> None:
+        """Take the step with norms that are plain numbers."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        overflow = found_inf is not None and float(found_inf) != 0
+        j = self._judge([unscale * norms.root(total) for total in sums], work)
+        finite = math.isfinite(j.total) and not overflow
+        if not finite and not overflow and self.nonfinite == "raise":
+            raise FloatingPointError(nonfinite_message([g for w in work for g in w.grads], j.total))
+        if not finite and (overflow or self.nonfinite == "skip"):
+            why = j.total if not math.isfinite(j.total) else math.nan
+            still = [[0.0] * len(ns) for ns in j.judged]
+            self._telemetry.record(self._verdicts(work, [[why] * len(ns) for ns in j.judged], still), 0.0)
+            return
+        scales = [
+            self._scale(torch.tensor(ns, dtype=torch.float64), w.group).tolist() if ns else []
+            for ns, w in zip(j.judged, work)
+        ]
+        lengths = [float(w.group["lr"]) * s * n for w, ss, ns in zip(work, scales, j.own) for s, n in zip(ss, ns)]
+        self._telemetry.record(self._verdicts(work, j.judged, scales), norms.hypot(lengths))
+        for w, ss in zip(work, scales):
+            for params, grads, s in w.by_scale(ss):
+                self._kernel.move(self.state, w.group, params, grads, s * unscale)
+
+    def _finish_on_device(self, work: list[Work], sums: Sequence[Any]) -> None:
+        """Take the step with norms that stay on the device: nothing waits, unless nonfinite="raise" asks it to."""
+        device = next(total.device for total in sums if isinstance(total, Tensor))
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(device)
+        sums = [torch.as_tensor(total, dtype=torch.float64, device=device) for total in sums]
+        j = self._judge([unscale * norms.root(total) for total in sums], work)
+        bad = ~torch.isfinite(j.total)
+        if self.nonfinite == "raise" and bool(bad):
+            raise FloatingPointError(nonfinite_message([g for w in work for g in w.grads], float(j.total)))
+        skip = bad if self.nonfinite == "skip" else torch.zeros_like(bad)
+        if found_inf is not None:
+            skip = skip | (found_inf.to(device) != 0)
+        scales = [list(self._scale(torch.stack(ns), w.group).unbind()) if ns else [] for ns, w in zip(j.judged, work)]
+        lengths = [w.group["lr"] * s * n for w, ss, ns in zip(work, scales, j.own) for s, n in zip(ss, ns)]
+        verdicts = self._verdicts(work, j.judged, scales)
+        self._telemetry.record_on_device(verdicts, norms.hypot(lengths), skip)
+        for w, ss in zip(work, scales):
+            for params, grads, s in w.by_scale(ss):
+                self._kernel.move_on_device(self.state, w.group, params, grads, s * unscale, skip)
+
+    def _verdicts(self, work: list[Work], judged: list[list[Any]], scales: list[list[Any]]) -> list[tuple[Any, ...]]:
+        """Return norm, multiplier, threshold and floor of each unit that is counted."""
+        used = [(ns, ss, self._thresholds(w.group)) for w, ns, ss in zip(work, judged, scales) if w.params]
+        if self.scope == "global" and all(limits == used[0][2] for _, _, limits in used):
+            used = used[:1]  # one norm, one rule: one verdict a step
+        return [(n, s, *limits) for ns, ss, limits in used for n, s in zip(ns, ss)]
 
     def telemetry(self, *, reset: bool = True) -> dict[str, float]:
         """Return what the steps since the last call did, as plain numbers.
@@ -253,12 +247,16 @@ class ClippedOptimizer(Optimizer, ABC):
         return self._telemetry.read(reset=reset)
 
     def __getstate__(self) -> dict[str, Any]:  # torch's pickles nothing but defaults, state and groups
-        own = {"scope": self.scope, "nonfinite": self.nonfinite, "_telemetry": self._telemetry}
-        return {**super().__getstate__(), **own}
+        names = ("scope", "nonfinite", "_telemetry", "_kernel")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dictionary with the counts under "telemetry"."""
-        return {**super().state_dict(), "telemetry": self._telemetry.state()}
+        """Return torch's state dictionary with the counts under "telemetry".
+
+        Each `momentum_buffer` is the buffer of `torch.optim.SGD`. (Where it is kept up to a scalar, `momentum_scale`
+        and `scaled_buffer` stand beside it, so that a resumed run goes on bit for bit.)
+        """
+        return {**self._kernel.plain_state(super().state_dict()), "telemetry": self._telemetry.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave; one of `torch.optim.SGD` for the same parameters is welcome too."""
@@ -267,4 +265,5 @@ class ClippedOptimizer(Optimizer, ABC):
             own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
             groups = [{**mine, **saved} for mine, saved in zip(own, groups)]
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        self._kernel.restore(self.state)
         self._telemetry.load(state_dict.get("telemetry"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surefoot.optim import norm as norms
 from surefoot.optim import scales
-from surefoot.optim._base import check_choice, check_number, nonfinite_message
+from surefoot.optim.checks import check_choice, check_number, nonfinite_message, refuse_sparse
 
 NONFINITE = ("zero", "raise", "propagate")
 
@@ -64,20 +64,29 @@ def clip_grad_(
         raise ValueError("scope='group' needs parameter groups: pass optimizer.param_groups")
     else:
         groups = [cast(list[Tensor], entries)]
-    grads = [[p.grad for p in group if p.grad is not None] for group in groups]
-    everything = [g for group in grads for g in group]
-    if any(g.is_sparse for g in everything):
-        raise TypeError("sparse gradients cannot be clipped in place: build the embedding with sparse=False")
-    per_tensor = norms.tensor_norms(everything)
-    total = norms.combine(per_tensor)
-    if nonfinite != "propagate" and not torch.isfinite(total):
+    grads = [[norms.local_gradient(p) for p in group] for group in groups]
+    for g in (g for group in grads for g in group if g is not None):
+        if g.is_sparse:
+            refuse_sparse(g)
+    units = [[[p] for p in group] for group in groups] if scope == "tensor" else [[group] for group in groups]
+    unit_grads = [[[g] for g in group] for group in grads] if scope == "tensor" else [[group] for group in grads]
+    sums = norms.sums_of_squares([u for group in units for u in group], [u for group in unit_grads for u in group])
+    roots = [norms.root(total) for total in sums]
+    total = norms.hypot(roots) if roots else 0.0
+    norm = torch.as_tensor(total, dtype=torch.float64)
+    everything = [g for group in grads for g in group if g is not None]
+    if nonfinite != "propagate" and not torch.isfinite(norm):
         if nonfinite == "raise":
-            raise FloatingPointError(nonfinite_message(everything, float(total)))
+            raise FloatingPointError(nonfinite_message(everything, float(norm)))
         for g in everything:
             g.zero_()
-        return total
-    for group, judged in zip(grads, norms.judged(per_tensor, [len(g) for g in grads], scope)):
-        scale = scales.delta_gclip(judged, gamma, delta)
-        for g, s in zip(group, scale.expand(len(group)).unbind()):
-            g.mul_(s)
-    return total
+        return norm
+    rest = iter(roots)
+    for group in unit_grads:
+        for unit in group:
+            own = next(rest)
+            judged = torch.as_tensor(total if scope == "global" else own, dtype=torch.float64)
+            found = [g for g in unit if g is not None]
+            if found:
+                torch._foreach_mul_(found, float(scales.delta_gclip(judged, gamma, delta)))
+    return norm

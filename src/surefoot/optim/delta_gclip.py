@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim import scales
-from surefoot.optim._base import ClippedOptimizer, check_number, floor_threshold
+from surefoot.optim._base import ClippedOptimizer
+from surefoot.optim.checks import check_number, floor_threshold
 
 
 class DeltaGClip(ClippedOptimizer):
@@ -43,6 +44,7 @@ class DeltaGClip(ClippedOptimizer):
         nonfinite: "skip" leaves parameters and state untouched and counts the step, "raise" raises
             FloatingPointError before touching anything, "propagate" lets NaN through as torch does.
         maximize: ascend instead of descend.
+        master_weights: keep a float32 copy of half-precision parameters in the state and step that.
 
     Example:
         >>> import torch
@@ -73,6 +75,7 @@ class DeltaGClip(ClippedOptimizer):
         scope: str = "global",
         nonfinite: str = "skip",
         maximize: bool = False,
+        master_weights: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -86,6 +89,7 @@ class DeltaGClip(ClippedOptimizer):
             scope=scope,
             nonfinite=nonfinite,
             maximize=maximize,
+            master_weights=master_weights,
         )
 
     def _check_rule(self, group: dict[str, Any]) -> None:

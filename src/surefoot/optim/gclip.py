@@ -21,7 +21,7 @@ class GClip(DeltaGClip):
         lr: η > 0.
         gamma: threshold γ in (0, inf].
         options: the further options of `DeltaGClip`: momentum, dampening, nesterov, weight_decay,
-            decoupled_weight_decay, scope, nonfinite, maximize.
+            decoupled_weight_decay, scope, nonfinite, maximize, master_weights.
 
     Example:
         >>> import torch

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim import scales
-from surefoot.optim._base import ClippedOptimizer, check_number
+from surefoot.optim._base import ClippedOptimizer
+from surefoot.optim.checks import check_number
 
 
 class NormalizedGD(ClippedOptimizer):
@@ -23,7 +24,7 @@ class NormalizedGD(ClippedOptimizer):
         lr: the longest step, > 0.
         beta: β in [0, inf); 0 always steps by exactly lr (and by nothing where the gradient vanishes).
         options: the further options of `DeltaGClip`: momentum, dampening, nesterov, weight_decay,
-            decoupled_weight_decay, scope, nonfinite, maximize.
+            decoupled_weight_decay, scope, nonfinite, maximize, master_weights.
 
     Example:
         >>> import torch

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim import scales
-from surefoot.optim._base import ClippedOptimizer, check_number
+from surefoot.optim._base import ClippedOptimizer
+from surefoot.optim.checks import check_number
 
 
 class SmoothClip(ClippedOptimizer):
@@ -24,7 +25,7 @@ class SmoothClip(ClippedOptimizer):
         L0: smoothness where the gradient vanishes, > 0.
         L1: growth of smoothness with the gradient norm, >= 0; 0 is gradient descent with step 1/L0.
         options: the further options of `DeltaGClip`: momentum, dampening, nesterov, weight_decay,
-            decoupled_weight_decay, scope, nonfinite, maximize.
+            decoupled_weight_decay, scope, nonfinite, maximize, master_weights.
 
     Example:
         >>> import torch

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,60 +34,79 @@ def regime_index(norm: Tensor, threshold: Tensor, floor_at: Tensor) -> Tensor:
 
 
 class Telemetry:
-    """Running counts over K norms a step (one with scope="global"): eleven float64 numbers on the device."""
+    """Running counts over the K norms of each step (one with scope="global").
+
+    They are kept where the norms are: as plain numbers beside the CPU, as a tensor on any other device.
+    """
 
     # 0 steps, 1-4 the regimes, 5 sum of norms, 6 path length, 7 min and 8 max norm, 9 last norm, 10 last scale
-    SIZE = 11
+    EMPTY = (0.0,) * 7 + (math.inf, -math.inf, math.nan, math.nan)
 
     def __init__(self) -> None:
-        self.values: Tensor | None = None
+        self.values: list[float] | Tensor = list(self.EMPTY)
 
-    @staticmethod
-    def _empty(device: torch.device) -> Tensor:
-        values = torch.zeros(Telemetry.SIZE, dtype=torch.float64, device=device)
-        values[7] = float("inf")
-        values[8] = float("-inf")
-        return values
-
-    def record(self, norm: Tensor, scale: Tensor, threshold: Tensor, floor_at: Tensor, length: Tensor) -> None:
+    def record(self, verdicts: Sequence[tuple[float, float, float, float]], length: float) -> None:
         """Count one step.
 
         Args:
-            norm: (K,) float64, the norms that were judged.
-            scale: (K,) float64, their multipliers.
-            threshold: (K,) γ.
-            floor_at: (K,) γ/δ.
-            length: () float64, the length of h g over all parameters.
+            verdicts: K times norm, multiplier, γ and γ/δ.
+            length: the length of h g over all parameters; 0 for a step that was left out.
         """
-        old = self._empty(norm.device) if self.values is None else self.values
+        v = self.values = self.values.tolist() if isinstance(self.values, Tensor) else self.values
+        v[0] += 1
+        v[6] += length if math.isfinite(length) else 0.0
+        v[9], v[10] = 0.0, math.inf
+        for norm, scale, threshold, floor_at in verdicts:
+            v[9] = norm if not norm <= v[9] else v[9]
+            v[10] = min(v[10], scale)
+            if not math.isfinite(norm):
+                v[4] += 1
+                continue
+            v[1 if norm <= threshold else 2 if norm < floor_at else 3] += 1
+            v[5] += norm
+            v[7] = min(v[7], norm)
+            v[8] = max(v[8], norm)
+
+    def record_on_device(self, verdicts: Sequence[tuple[Any, ...]], length: Tensor, skip: Tensor) -> None:
+        """The same for () tensors; nothing waits for the device. `skip`, () bool, says that the step was left out."""
+        device = length.device
+        columns = [
+            torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in c]) for c in zip(*verdicts)
+        ]
+        norm, scale, threshold, floor_at = columns
+        norm = torch.where(skip & torch.isfinite(norm), math.nan, norm)
+        if not isinstance(self.values, Tensor):
+            self.values = torch.tensor(self.values, dtype=torch.float64, device=device)
+        old = self.values
         regime = regime_index(norm, threshold, floor_at)
         taken = regime != 3
         finite = torch.where(taken, norm, 0.0)
-        self.values = torch.stack(
-            [
-                old[0] + 1,
-                *(old[1 + r] + (regime == r).sum() for r in range(4)),
-                old[5] + finite.sum(),
-                old[6] + torch.where(taken.all(), length, 0.0),
-                torch.minimum(old[7], torch.where(taken, norm, float("inf")).min()),
-                torch.maximum(old[8], torch.where(taken, norm, float("-inf")).max()),
-                norm.max(),
-                scale.min(),
-            ]
-        )
+        new = [
+            old[0] + 1,
+            *(old[1 + r] + (regime == r).sum() for r in range(4)),
+            old[5] + finite.sum(),
+            old[6] + torch.where(skip | ~torch.isfinite(length), 0.0, length),
+            torch.minimum(old[7], torch.where(taken, norm, math.inf).min()),
+            torch.maximum(old[8], torch.where(taken, norm, -math.inf).max()),
+            norm.max(),
+            torch.where(skip, 0.0, scale.min()),
+        ]
+        self.values.copy_(torch.stack(new))  # in place, so that a captured graph counts too
 
     def read(self, *, reset: bool) -> dict[str, float]:
         """Return plain numbers and, if `reset`, begin anew. The one place that waits for the device."""
-        values = [0.0] * 7 + [float("nan")] * 4 if self.values is None else self.values.tolist()
+        values = self.values.tolist() if isinstance(self.values, Tensor) else list(self.values)
         steps, *counts = (int(v) for v in values[:5])
         norm_sum, path, low, high, norm, scale = values[5:]
         taken = counts[0] + counts[1] + counts[2]
         units = taken + counts[3]
-        nan = float("nan")
-        if reset and self.values is not None:
-            fresh = self._empty(self.values.device)
-            fresh[9:] = self.values[9:]  # the last norm and scale stay true until the next step
-            self.values = fresh
+        nan = math.nan
+        if reset:  # the last norm and scale stay true until the next step
+            fresh = [*self.EMPTY[:9], norm, scale]
+            if isinstance(self.values, Tensor):
+                self.values.copy_(torch.tensor(fresh, dtype=torch.float64))
+            else:
+                self.values = fresh
         return {
             "steps": steps,
             **dict(zip(REGIMES, counts)),
@@ -97,10 +120,10 @@ class Telemetry:
             "scale": scale,
         }
 
-    def state(self) -> Tensor | None:
-        """Return the counts as a tensor, for a checkpoint (None before the first step)."""
-        return None if self.values is None else self.values.clone()
+    def state(self) -> Tensor:
+        """Return the counts as a tensor, for a checkpoint."""
+        return torch.as_tensor(self.values, dtype=torch.float64).clone()
 
     def load(self, state: Tensor | None) -> None:
-        """Go on from the counts that `state()` gave."""
-        self.values = None if state is None else state.clone()
+        """Go on from the counts that `state()` gave; None begins anew."""
+        self.values = list(self.EMPTY) if state is None else state.tolist()

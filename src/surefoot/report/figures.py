@@ -102,7 +102,8 @@ def evaluations(panels: Sequence[Panel], label: str) -> str:
                 color=colour("ink"),
             )
             _plot(axes, panel.step, panel.values, markers=panel.values.size <= 60)
-            value_axis(axes, panel.values, log=spans_a_decade(known(panel.values)), as_percent=panel.as_percent)
+            log = not panel.as_percent and spans_a_decade(known(panel.values))
+            value_axis(axes, panel.values, log=log, as_percent=panel.as_percent)
             step_axis(axes, panel.step, compact or abreast > 1)
             last = known(panel.values)[-1]
             edge_labels(axes, [(float(last), quantity(float(last), panel.as_percent), "series")])
@@ -177,7 +178,7 @@ def arms(figure_id: str, curves: Sequence[Curve], as_percent: bool, label: str) 
     def paint(figure: "Figure", compact: bool) -> None:
         axes = _single(figure, compact)
         means = np.concatenate([known(c.mean) for c in curves])
-        log = spans_a_decade(means)
+        log = not as_percent and spans_a_decade(means)
         bands = [(np.fmin(c.mean, c.mean - c.se), np.fmax(c.mean, c.mean + c.se)) for c in curves]
         seen = means if log else np.concatenate([means, *(known(b) for pair in bands for b in pair)])
         value_axis(axes, seen, log=log, as_percent=as_percent)

@@ -116,7 +116,7 @@ def compare(
     )
     for number, (arm, seed, document) in enumerate(done, 1):
         metric = document["summary"]["primary"]
-        value = "diverged" if document["status"] == "diverged" else f"{metric['name']} {metric['value']}"
+        value = "diverged" if document["status"] == "diverged" else f"{metric['name']} {metric['value']:.4g}"
         tell(f"{number}/{len(work)}  {arm}, seed {seed}: {value}")
     document = summarise(comparison, folder)
     write_json(folder / "comparison.json", document)
@@ -175,7 +175,7 @@ def _arm(arm: str, seeds: list[int], documents: list[dict[str, Any]], folder: Pa
     total = max(1, sum(sum(d["regimes"].values()) for d in documents))
     return {
         "name": arm,
-        "settings": {k: config[k] for k in OWN_LETTERS if config[k] is not None},
+        "settings": {k: config[k] for k in OWN_LETTERS if config[k] is not None and (k != "momentum" or config[k])},
         "seeds": [s for s, _ in good],
         "failed": [{"seed": s, "message": d["message"]} for s, d in zip(seeds, documents) if d["status"] != "finished"],
         "train_loss": mean_and_error([d["summary"]["train_loss"] for _, d in good]),

@@ -103,8 +103,8 @@ def _notes(config: dict[str, Any], regimes: dict[str, int], total: int) -> list[
         which = "this is normalised gradient descent, every step of length lr times gamma"
         other = "every gradient was rescaled to the length gamma"
         notes.append(
-            f"More than 99% of the steps were clipped: {which if plain else other}. A larger gamma lets small gradients "
-            "take small steps."
+            f"More than 99% of the steps were clipped: {which if plain else other}. "
+            "A larger gamma lets small gradients take small steps."
         )
     if regimes["skipped"]:
         notes.append(

@@ -68,16 +68,15 @@ def prepare(config: TrainConfig) -> Job:
     config = config.resolved()
     device = _device(config.device)
     dtype = DTYPES[config.dtype]
-    given = {"test_fraction": config.test_fraction} if config.test_fraction is not None else {}
     data = load(
         config.data,
         target=config.target,
         task=config.task,
         image_size=config.image_size,
         context=config.context,
+        test_fraction=config.test_fraction,
         limit=config.limit,
         dtype=dtype,
-        **given,
     )
     task = "autoencoding" if config.model == "vae" else data.task
     loss = choose_loss(config.loss, task, config.model)
