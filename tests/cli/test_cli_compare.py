@@ -67,10 +67,27 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     process.wait()
     stamp = finished.stat().st_mtime_ns
     assert not (folder / "comparison.json").exists()
+    assert main(["report", str(folder)]) == 0  # what there is of it
+    assert "of 4 runs have ended" in (folder / "report.html").read_text()
     assert main(["compare", "--resume", str(folder)]) == 0
     assert finished.stat().st_mtime_ns == stamp
     document = json.loads((folder / "comparison.json").read_text())
     assert [len(a["seeds"]) for a in document["arms"]] == [2, 2]
+
+
+def test_ctrl_c_stops_the_comparison_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "compared"
+    command = [sys.executable, "-m", "surefoot.cli.main", "compare", "--out", str(folder), "--seeds", "2"]
+    options = ["--steps", "100000", "--width", "16", "--threads", "1", "--checkpoint-seconds", "0.1"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+        while len(list(folder.glob("delta-gclip/seed-0/checkpoints/step-*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
+    assert process.returncode == 130
+    assert f"--resume {folder}" in output
+    assert not (folder / "sgd").exists()
 
 
 def test_a_diverging_arm_is_reported_not_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,7 +249,7 @@ def test_out_and_resume_are_guarded(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     """A limit on the size of a file stands in for a disk that fills up while a checkpoint is written."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "surefoot.cli.main", "train", "--width", "256", "--threads", "1"]
+    command = [sys.executable, "-m", "surefoot.cli.main", "train", "--width", "256", "256", "--threads", "1"]
     limit = 400_000  # bytes: the first checkpoint fits (0.35 MB), that with Adam's moments does not
     result = subprocess.run(
         [*command, "--out", str(folder), "--steps", "30", "--optimizer", "adam"],

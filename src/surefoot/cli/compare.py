@@ -50,7 +50,11 @@ def main(argv: list[str]) -> int:
     else:
         folder = args.out or Path("runs") / default_name(_base(args)).replace("delta-gclip", "compare")
         check_out(folder)
-    document = compare(comparison, folder, jobs=args.jobs, resumed=args.resume is not None, tell=_tell)
+    try:
+        document = compare(comparison, folder, jobs=args.jobs, resumed=args.resume is not None, tell=_tell)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with surefoot compare --resume {folder}")
+        return 130
     report = write_report(document, folder / "report.html")
     comparison_table(document)
     print(f"report: {report}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from surefoot.report import write_report
+from surefoot.train.compare import is_comparison, read_comparison, summarise
 from surefoot.train.document import rebuild_run
 
 
@@ -24,10 +24,6 @@ class ReportArgs:
 def main(argv: list[str]) -> int:
     """Run `surefoot report` and return its exit code."""
     folder = tyro.cli(ReportArgs, args=argv, prog="surefoot report").run
-    comparison = folder / "comparison.json"
-    if comparison.is_file():
-        document = json.loads(comparison.read_text(encoding="utf-8"))
-    else:
-        document = rebuild_run(folder)
+    document = summarise(read_comparison(folder), folder) if is_comparison(folder) else rebuild_run(folder)
     print(f"report: {write_report(document, folder / 'report.html')}")
     return 0

@@ -94,6 +94,9 @@ def compare(
         jobs: processes at a time, each with its share of the cores.
         tell: called with a line for each run that ends.
         resumed: whether `folder` was begun before.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the runs under way have written a checkpoint.
     """
     if jobs < 1:
         raise InputError(f"--jobs {jobs} is too small; give at least 1")
@@ -115,12 +118,20 @@ def compare(
         joblib.delayed(_one)(*item) for item in work
     )
     for number, (arm, seed, document) in enumerate(done, 1):
+        if document["status"] == "interrupted":
+            raise KeyboardInterrupt
         metric = document["summary"]["primary"]
         value = "diverged" if document["status"] == "diverged" else f"{metric['name']} {metric['value']:.4g}"
         tell(f"{number}/{len(work)}  {arm}, seed {seed}: {value}")
     document = summarise(comparison, folder)
     write_json(folder / "comparison.json", document)
     return document
+
+
+def is_comparison(folder: Path) -> bool:
+    """Say whether a folder was made by `compare` (and not by `train`)."""
+    path = folder / "config.json"
+    return path.is_file() and '"arms"' in path.read_text(encoding="utf-8")
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -146,44 +157,51 @@ def _one(arm: str, seed: int, config: TrainConfig, folder: Path) -> tuple[str, i
 
 
 def summarise(comparison: Comparison, folder: Path) -> dict[str, Any]:
-    """Return the comparison's document from its run folders."""
+    """Return the comparison's document from its run folders: also of one that was stopped, as far as it came."""
     seeds = range(comparison.base.seed, comparison.base.seed + comparison.seeds)
-    documents = {
-        arm: [json.loads((run_folder(folder, arm, s) / "run.json").read_text(encoding="utf-8")) for s in seeds]
-        for arm in comparison.arms
-    }
-    first = documents[comparison.arms[0]][0]
+    documents: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in comparison.arms}
+    for arm in comparison.arms:
+        for seed in seeds:
+            path = run_folder(folder, arm, seed) / "run.json"
+            if path.is_file():
+                documents[arm][seed] = json.loads(path.read_text(encoding="utf-8"))
+    known = [d for runs in documents.values() for d in runs.values()]
+    if not known:
+        raise InputError(f"{folder} holds no run yet; go on with surefoot compare --resume {folder}")
+    first = known[0]
+    done = sum(d["status"] in ("finished", "diverged") for d in known)
+    wanted = len(comparison.arms) * comparison.seeds
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": f"{first['title'].rpartition(', ')[0]}: {', '.join(comparison.arms)}",
-        "status": "finished",
-        "message": "",
+        "status": "finished" if done == wanted else "running",
+        "message": "" if done == wanted else f"{done} of {wanted} runs have ended",
         "config": comparison.base.to_json() | {"optimizer": ", ".join(comparison.arms), "seeds": comparison.seeds},
         "environment": first["environment"],
         "data": first["data"],
         "model": first["model"],
         "metric": first["metric"],
-        "arms": [_arm(arm, list(seeds), documents[arm], folder) for arm in comparison.arms],
+        "arms": [_arm(arm, config, documents[arm], folder) for arm, config in comparison.configs().items()],
         "notes": [],
     }
 
 
-def _arm(arm: str, seeds: list[int], documents: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    good = [(s, d) for s, d in zip(seeds, documents) if d["status"] == "finished"]
-    config = documents[0]["config"]
-    total = max(1, sum(sum(d["regimes"].values()) for d in documents))
+def _arm(arm: str, config: TrainConfig, documents: dict[int, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    good = {s: d for s, d in documents.items() if d["status"] == "finished"}
+    total = max(1, sum(sum(d["regimes"].values()) for d in documents.values()))
+    letters = {k: v for k, v in config.to_json().items() if k in OWN_LETTERS and v is not None}
     return {
         "name": arm,
-        "settings": {k: config[k] for k in OWN_LETTERS if config[k] is not None and (k != "momentum" or config[k])},
-        "seeds": [s for s, _ in good],
-        "failed": [{"seed": s, "message": d["message"]} for s, d in zip(seeds, documents) if d["status"] != "finished"],
-        "train_loss": mean_and_error([d["summary"]["train_loss"] for _, d in good]),
-        "metric": mean_and_error([d["summary"]["primary"]["value"] for _, d in good]),
-        "seconds": mean_and_error([d["summary"]["seconds"] for _, d in good]),
-        "regimes": {name: sum(d["regimes"][name] for d in documents) / total for name in REGIMES},
-        "curves": _loss_curves([run_folder(folder, arm, s) for s, _ in good]),
-        "eval_curves": _metric_curves([d for _, d in good]),
+        "settings": {k: v for k, v in letters.items() if k != "momentum" or v},
+        "seeds": list(good),
+        "failed": [{"seed": s, "message": d["message"]} for s, d in documents.items() if d["status"] == "diverged"],
+        "train_loss": mean_and_error([d["summary"]["train_loss"] for d in good.values()]),
+        "metric": mean_and_error([d["summary"]["primary"]["value"] for d in good.values()]),
+        "seconds": mean_and_error([d["summary"]["seconds"] for d in good.values()]),
+        "regimes": {name: sum(d["regimes"][name] for d in documents.values()) / total for name in REGIMES},
+        "curves": _loss_curves([run_folder(folder, arm, s) for s in good]),
+        "eval_curves": _metric_curves(list(good.values())),
     }
 
 

@@ -106,7 +106,7 @@ class TrainConfig:
     steps: int | None = None
     """Number of steps, in place of --epochs."""
     seed: int = 0
-    """Fixes initialisation, data order and every random draw."""
+    """Fixes initialisation, data order and the draws of training; the rows held out are the same for all seeds."""
     eval_every: int | None = None
     """Steps between evaluations (an epoch, and at most a hundred evaluations)."""
     checkpoint_seconds: float = 30.0
