@@ -138,7 +138,7 @@ def test_config_json_repeats_the_run_bit_for_bit(tmp_path: Path) -> None:
         "--optimizer delta-gclip --batch-size full --dtype float64 --micro-batch 500 --loss mse",
         "--model vae",
         "--data digits --model resnet20 --limit 100",
-        "--model vit-tiny --depth 1 --width 64 --limit 100 --lr 0.1",
+        "--model vit-tiny --depth 1 --width 64 --limit 100 --optimizer adam",
     ],
 )
 def test_every_choice_trains(tmp_path: Path, options: str) -> None:
