@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test lint nightly clean
 
 demo: $(VENV)/.installed
-	$(BIN)/surefoot train --data digits --model mlp --loss mse --optimizer delta-gclip --epochs 30
+	$(BIN)/surefoot train --data digits --model mlp --loss mse --lr 3 --gamma 0.05 --delta 0.5 --epochs 20
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
