@@ -1,17 +1,21 @@
-# make demo | test | lint | nightly.  TORCH_INDEX chooses another build of torch, e.g. .../whl/cu130 or .../whl/cpu.
+# make demo | test | test-integrations | lint | nightly.
+# TORCH_INDEX chooses another build of torch, e.g. .../whl/cu130 or .../whl/cpu.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint nightly clean
+.PHONY: demo test test-integrations lint nightly clean
 
 demo: $(VENV)/.installed
 	$(BIN)/surefoot train --data digits --model mlp --loss mse --lr 3 --gamma 0.05 --delta 0.5 --epochs 20
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-integrations: $(VENV)/.installed-integrations
+	$(BIN)/python -m pytest tests/integrations
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -35,4 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-integrations: pyproject.toml constraints.txt | $(VENV)/.installed-dev
+	$(PIP) -e '.[integrations]'
 	touch $@

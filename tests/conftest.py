@@ -7,6 +7,14 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the longer campaigns to make nightly."""
+    if not os.environ.get("SUREFOOT_NIGHTLY"):
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason="a longer campaign: make nightly runs it"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the checkout (or where SUREFOOT_TEST_DATA points)."""

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Any
 from surefoot._version import __version__
 
 if TYPE_CHECKING:
-    from surefoot.optim import DeltaGClip, GClip, NormalizedGD, SmoothClip, clip_grad_
+    from surefoot.optim import DeltaGClip, GClip, MixedClip, NormalizedGD, SmoothClip, clip_grad_
 
 # Where each public name lives: loaded on first use (PEP 562), so that `import surefoot` stays cheap.
 _HOME = {
     "DeltaGClip": "surefoot.optim",
     "GClip": "surefoot.optim",
+    "MixedClip": "surefoot.optim",
     "NormalizedGD": "surefoot.optim",
     "SmoothClip": "surefoot.optim",
     "clip_grad_": "surefoot.optim",
 }
 _PACKAGES = ("optim", "testing")
 
-__all__ = ["DeltaGClip", "GClip", "NormalizedGD", "SmoothClip", "__version__", "clip_grad_"]
+__all__ = ["DeltaGClip", "GClip", "MixedClip", "NormalizedGD", "SmoothClip", "__version__", "clip_grad_"]
 
 
 def __getattr__(name: str) -> Any:

@@ -134,7 +134,7 @@ def test_vit_has_second_derivatives() -> None:
         ("mlp", SENTENCES, {}, ["model='mlp'", "text", "there is lstm"]),
         ("vae", SENTENCES, {}, ["model='vae'", "text", "lstm"]),
         ("resnet20", IMAGE, {"activation": "tanh"}, ["activation='tanh'", "no effect", "mlp"]),
-        ("resnet18", IMAGE, {"depth": 5}, ["depth=5", "no effect", "mlp, vit-tiny, lstm, vae"]),
+        ("resnet18", IMAGE, {"depth": 5}, ["depth=5", "no effect", "mlp, vit-tiny, lstm, gpt, vae"]),
         ("mlp", IMAGE, {"latent": 5}, ["latent=5", "no effect", "vae"]),
         ("resnet-20", IMAGE, {}, ["'resnet-20'", "did you mean 'resnet20'", "file.py:factory"]),
         ("transformer", IMAGE, {}, ["'transformer'", "mlp, resnet20"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[list[str]], int] = import_module(f"surefoot.cli.{args[0]}").main
         return command(args[1:])
     except InputError as error:
+        _let_main_speak()
         print(f"surefoot {args[0]}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -44,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno is None:
             raise
+        _let_main_speak()
         print(
             f"surefoot {args[0]}: {error.strerror}{f': {error.filename}' if error.filename else ''}; what was written "
             "before is whole: free some space and go on with --resume",
@@ -53,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"surefoot {args[0]}: stopped", file=sys.stderr)
         return 130
+
+
+def _let_main_speak() -> None:
+    """Wait on other ranks than 0: torchrun ends all as soon as one has ended, and rank 0 has the same to say."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK") != "0":
+        time.sleep(10)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from surefoot.cli.show import run_table
 from surefoot.errors import InputError
 from surefoot.report import write_report
 from surefoot.train.config import TrainConfig, read_config
-from surefoot.train.loop import check_out, default_name, resume, train
+from surefoot.train.distributed import joined
+from surefoot.train.loop import default_name, resume, train
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,28 @@ def main(argv: list[str]) -> int:
     """Run `surefoot train` and return its exit code."""
     args = parse(argv)
     config = settings(args)
-    if args.resume is not None:
-        if args.out is not None:
-            raise InputError(f"--out {args.out} and --resume {args.resume} contradict each other; give one")
-        folder, document = args.resume, resume(args.resume, config)
-    else:
-        folder = args.out or Path("runs") / default_name(config)
-        check_out(folder)
-        document = train(config, folder)
+    if args.resume is not None and args.out is not None:
+        raise InputError(f"--out {args.out} and --resume {args.resume} contradict each other; give one")
+    with joined(config.parallel, config.device) as team:
+        if args.resume is not None:
+            folder, document = args.resume, resume(args.resume, config)
+        else:
+            folder = team.on_main(lambda: args.out or Path("runs") / default_name(config))
+            document = train(config, folder)
+        return team.on_main(lambda: tell(document, folder))
+
+
+def tell(document: dict[str, Any], folder: Path) -> int:
+    """Write the report, print what the run came to, and return the exit code."""
     report = write_report(document, folder / "report.html")
     if document["status"] == "diverged":
         print(f"surefoot train: {document['message']}", file=sys.stderr)
-        print(f"report: {report}")
+        print(f"report: {report}", flush=True)
         return 2
     run_table(document)
     if document["status"] == "interrupted":
         print(document["message"])
-    print(f"report: {report}")
+    print(f"report: {report}", flush=True)
     return 0 if document["status"] == "finished" else 130
 
 

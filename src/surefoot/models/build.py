@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from surefoot.errors import InputError
+from surefoot.models.gpt import gpt
 from surefoot.models.lstm import lstm
 from surefoot.models.mlp import mlp
 from surefoot.models.resnet import resnet18, resnet20
@@ -33,6 +34,7 @@ MODELS = {
     "resnet18": Model(resnet18, ("image",), ("input_shape", "outputs"), ("width",)),
     "vit-tiny": Model(vit_tiny, ("image",), ("input_shape", "outputs"), ("width", "depth")),
     "lstm": Model(lstm, ("text",), ("task", "outputs", "vocabulary_size"), ("width", "depth")),
+    "gpt": Model(gpt, ("text",), ("task", "input_shape", "outputs", "vocabulary_size"), ("width", "depth")),
     "vae": Model(vae, ("image", "table"), ("input_shape",), ("width", "depth", "latent")),
 }
 

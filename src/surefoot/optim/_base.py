@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from surefoot.optim import norm as norms
 from surefoot.optim.checks import check_choice, check_number, nonfinite_message, refuse_sparse
-from surefoot.optim.telemetry import Telemetry
+from surefoot.optim.telemetry import Telemetry, on_device
 from surefoot.optim.update import Kernel
 
 NONFINITE = ("skip", "raise", "propagate")
@@ -28,6 +28,12 @@ class Work:
     all_grads: list[Tensor | None]  # one for each of the group's parameters
     params: list[Tensor]  # those that have a gradient
     grads: list[Tensor]  # theirs
+    letters: dict[str, Any] = field(
+        init=False
+    )  # the rule's letters for this step: the group, unless some follow a norm
+
+    def __post_init__(self) -> None:
+        self.letters = self.group
 
     def by_scale(self, scales: Sequence[Any]) -> Iterator[tuple[list[Tensor], list[Tensor], Any]]:
         """Yield parameters and gradients that share a multiplier: all of them, or one tensor at a time."""
@@ -50,11 +56,32 @@ class Judgement:
 
 
 class ClippedOptimizer(Optimizer, ABC):
-    """SGD whose gradient is multiplied by a function of its own norm. Subclasses say which function."""
+    """SGD whose gradient is multiplied by a function of its own norm. Subclasses say which function.
+
+    For a rule of one's own: `scale`, `thresholds` and `check_rule`, and letters handed to the constructor as `rule`, so
+    that each parameter group holds its own. `surefoot.testing.OptimizerSuite` has the tests.
+
+    `torch.compile(opt.step, fullgraph=True)` compiles the step into one graph, on the CPU too (not with
+    nonfinite="raise", which has to look at the norm, and not the first step with dampening). The first two steps are
+    compiled, since the first makes the state; a schedule that rewrites lr, a number or a tensor, compiles nothing anew.
+    A scheduler of torch wraps `opt.step` in a function that the compiler passes over: leave `fullgraph=True` out where
+    one has been built over the optimizer; the step within is one graph all the same.
+
+    Under `torch.amp.GradScaler` unscaling is folded into the step, and the rule sees the norm of the unscaled gradient.
+    A step for which the scaler found an overflow is left out whatever `nonfinite` says: it is how a scaler looks for
+    its scale.
+
+    Args:
+        params: parameters or groups of them.
+        lr: η > 0.
+        rule: the letters of the rule with their defaults.
+        options: those of `DeltaGClip`, from `momentum` on.
+    """
 
     # Each parameter group holds these options and the letters of its rule.
     _shared = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "decoupled_weight_decay", "maximize")
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
+    _all_ranks_finish = False  # whether a rank without gradients has to go on, to take part in another norm
 
     def __init__(
         self,
@@ -84,16 +111,19 @@ class ClippedOptimizer(Optimizer, ABC):
         super().__init__(params, {**sgd, **rule})
 
     @abstractmethod
-    def _scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
+    def scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the multiplier for each norm: (K,) -> (K,)."""
 
     @abstractmethod
-    def _thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
+    def thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
         """Return the norm above which a step counts as clipped, and the one from which the floor acts."""
 
     @abstractmethod
-    def _check_rule(self, group: dict[str, Any]) -> None:
+    def check_rule(self, group: dict[str, Any]) -> None:
         """Raise ValueError or TypeError if the rule's own options are out of range."""
+
+    def _settle(self, work: list[Work], norm: float | Tensor) -> None:
+        """Set each `letters` for the norm over everything; NaN if the step is left out."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("momentum", group["momentum"], 0.0, math.inf)
@@ -104,7 +134,7 @@ class ClippedOptimizer(Optimizer, ABC):
                 f"nesterov=True needs momentum > 0 and dampening = 0, not momentum={group['momentum']}, "
                 f"dampening={group['dampening']}"
             )
-        self._check_rule(group)
+        self.check_rule(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options; a rejected group leaves the optimizer as it was."""
@@ -147,12 +177,13 @@ class ClippedOptimizer(Optimizer, ABC):
             return
         for w in work:
             lr = w.group["lr"]
-            if not isinstance(lr, Tensor) or lr.device.type == "cpu" or lr.numel() != 1:
+            waits = isinstance(lr, Tensor) and (lr.device.type != "cpu" or torch.compiler.is_compiling())
+            if not waits or lr.numel() != 1:
                 # schedules warm up from lr = 0, and torch's LinearLR ends a rounding error below it
                 check_number("lr", lr, -math.inf, math.inf)
             self._check_group(w.group)
         sums = norms.sums_of_squares(units, grads)  # where parameters are cut up, every rank takes part in this
-        if idle:
+        if idle and not self._all_ranks_finish:
             return
         if all(isinstance(total, float) for total in sums):
             self._finish_on_host(work, sums)
@@ -177,8 +208,9 @@ class ClippedOptimizer(Optimizer, ABC):
             own = [[n] for n in roots]
             return Judgement([[total]] * len(work) if self.scope == "global" else own, own, total)
         rest = iter(roots)
-        own = [[n for g in w.all_grads if (n := next(rest)) is not None and g is not None] for w in work]
-        return Judgement(own, own, norms.hypot([n for piece in own for n in piece]))
+        pieces = [[next(rest) for _ in w.all_grads] for w in work]
+        own = [[n for n, g in zip(piece, w.all_grads) if g is not None] for piece, w in zip(pieces, work)]
+        return Judgement(own, own, norms.hypot(roots))  # of all roots: also where this rank has no gradient
 
     def _finish_on_host(self, work: list[Work], sums: Sequence[Any]) -> None:
         """Take the step with norms that are plain numbers."""
@@ -189,13 +221,15 @@ class ClippedOptimizer(Optimizer, ABC):
         finite = math.isfinite(j.total) and not overflow
         if not finite and not overflow and self.nonfinite == "raise":
             raise FloatingPointError(nonfinite_message([g for w in work for g in w.grads], j.total))
-        if not finite and (overflow or self.nonfinite == "skip"):
+        skipped = not finite and (overflow or self.nonfinite == "skip")
+        self._settle(work, math.nan if skipped else j.total)
+        if skipped:
             why = j.total if not math.isfinite(j.total) else math.nan
             still = [[0.0] * len(ns) for ns in j.judged]
             self._telemetry.record(self._verdicts(work, [[why] * len(ns) for ns in j.judged], still), 0.0)
             return
         scales = [
-            self._scale(torch.tensor(ns, dtype=torch.float64), w.group).tolist() if ns else []
+            self.scale(torch.tensor(ns, dtype=torch.float64), w.letters).tolist() if ns else []
             for ns, w in zip(j.judged, work)
         ]
         lengths = [float(w.group["lr"]) * s * n for w, ss, ns in zip(work, scales, j.own) for s, n in zip(ss, ns)]
@@ -208,16 +242,16 @@ class ClippedOptimizer(Optimizer, ABC):
         """Take the step with norms that stay on the device: nothing waits, unless nonfinite="raise" asks it to."""
         device = next(total.device for total in sums if isinstance(total, Tensor))
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(device)
-        sums = [torch.as_tensor(total, dtype=torch.float64, device=device) for total in sums]
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.to(device, torch.float64)
+        sums = [on_device(total, device) for total in sums]
         j = self._judge([unscale * norms.root(total) for total in sums], work)
         bad = ~torch.isfinite(j.total)
-        if self.nonfinite == "raise" and bool(bad):
+        overflow = torch.zeros_like(bad) if found_inf is None else found_inf.to(device) != 0
+        if self.nonfinite == "raise" and bool(bad & ~overflow):
             raise FloatingPointError(nonfinite_message([g for w in work for g in w.grads], float(j.total)))
-        skip = bad if self.nonfinite == "skip" else torch.zeros_like(bad)
-        if found_inf is not None:
-            skip = skip | (found_inf.to(device) != 0)
-        scales = [list(self._scale(torch.stack(ns), w.group).unbind()) if ns else [] for ns, w in zip(j.judged, work)]
+        skip = overflow | bad if self.nonfinite == "skip" else overflow
+        self._settle(work, j.total.masked_fill(skip, math.nan))
+        scales = [list(self.scale(torch.stack(ns), w.letters).unbind()) if ns else [] for ns, w in zip(j.judged, work)]
         lengths = [w.group["lr"] * s * n for w, ss, ns in zip(work, scales, j.own) for s, n in zip(ss, ns)]
         verdicts = self._verdicts(work, j.judged, scales)
         self._telemetry.record_on_device(verdicts, norms.hypot(lengths), skip)
@@ -227,8 +261,8 @@ class ClippedOptimizer(Optimizer, ABC):
 
     def _verdicts(self, work: list[Work], judged: list[list[Any]], scales: list[list[Any]]) -> list[tuple[Any, ...]]:
         """Return norm, multiplier, threshold and floor of each unit that is counted."""
-        used = [(ns, ss, self._thresholds(w.group)) for w, ns, ss in zip(work, judged, scales) if w.params]
-        if self.scope == "global" and all(limits == used[0][2] for _, _, limits in used):
+        used = [(ns, ss, self.thresholds(w.letters)) for w, ns, ss in zip(work, judged, scales) if w.params]
+        if self.scope == "global" and all(_same(limits, used[0][2]) for _, _, limits in used):
             used = used[:1]  # one norm, one rule: one verdict a step
         return [(n, s, *limits) for ns, ss, limits in used for n, s in zip(ns, ss)]
 
@@ -265,5 +299,15 @@ class ClippedOptimizer(Optimizer, ABC):
             own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
             groups = [{**mine, **saved} for mine, saved in zip(own, groups)]
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        self._kernel.restore(self.state)
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in groups for i in group["params"]]
+        saved = state_dict["state"]
+        self._kernel.restore(self.state, [(p, saved[i]) for p, i in zip(params, indices) if i in saved])
         self._telemetry.load(state_dict.get("telemetry"))
+
+
+def _same(limits: tuple[Any, Any], others: tuple[Any, Any]) -> bool:
+    """Say whether two pairs of thresholds are the same; tensors are if they are one object, without looking inside."""
+    return all(
+        [x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y) for x, y in zip(limits, others)]
+    )

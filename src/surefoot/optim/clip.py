@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from surefoot.optim import norm as norms
 from surefoot.optim import scales
 from surefoot.optim.checks import check_choice, check_number, nonfinite_message, refuse_sparse
+from surefoot.optim.thresholds import Threshold, check_gamma
 
 NONFINITE = ("zero", "raise", "propagate")
 
@@ -20,7 +20,7 @@ NONFINITE = ("zero", "raise", "propagate")
 def clip_grad_(
     parameters: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]],
     *,
-    gamma: float,
+    gamma: float | Threshold,
     delta: float = 0.0,
     scope: str = "global",
     nonfinite: str = "zero",
@@ -29,7 +29,8 @@ def clip_grad_(
 
     Args:
         parameters: a tensor, tensors, or an optimizer's `param_groups`; those without a gradient are passed over.
-        gamma: threshold γ in (0, inf]; inf never clips.
+        gamma: threshold γ in (0, inf]; inf never clips. Or an object that follows the norms, such as
+            `surefoot.optim.ZScore()`: pass the same one at every step; its `state()` and `load()` are yours to save.
         delta: floor δ in [0, 1].
         scope: "global" takes one norm over everything, "group" one a group (needs groups), "tensor" one a tensor.
         nonfinite: what to do when the norm is NaN or infinite. "zero" sets every gradient to zero, so that the step
@@ -53,9 +54,9 @@ def clip_grad_(
 
     Source: arXiv 2404.08624, Definition 2; δ = 0 is `torch.nn.utils.clip_grad_norm_` without its 1e-6.
     """
-    check_number("gamma", gamma, 0.0, math.inf, open_low=True, inf=True)
     check_number("delta", delta, 0.0, 1.0, fix="0 is plain clipping, 1 no clipping")
     check_choice("scope", scope, norms.SCOPES)
+    check_gamma(gamma, scope)
     check_choice("nonfinite", nonfinite, NONFINITE)
     entries = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if entries and isinstance(entries[0], dict):
@@ -81,6 +82,8 @@ def clip_grad_(
         for g in everything:
             g.zero_()
         return norm
+    if isinstance(gamma, Threshold):
+        gamma = float(gamma.threshold(norm))
     rest = iter(roots)
     for group in unit_grads:
         for unit in group:

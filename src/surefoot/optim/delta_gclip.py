@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim import scales
-from surefoot.optim._base import ClippedOptimizer
+from surefoot.optim._base import ClippedOptimizer, Work
 from surefoot.optim.checks import check_number, floor_threshold
+from surefoot.optim.thresholds import Threshold, check_gamma
 
 
 class DeltaGClip(ClippedOptimizer):
@@ -32,7 +33,9 @@ class DeltaGClip(ClippedOptimizer):
     Args:
         params: parameters or groups of them; each group may have its own lr, gamma, delta and so on.
         lr: η > 0. The longest clipped step has length η γ.
-        gamma: threshold γ in (0, inf] on the gradient norm; inf never clips.
+        gamma: threshold γ in (0, inf] on the gradient norm; inf never clips. Or an object that follows the norms:
+            `surefoot.optim.Percentile` (AutoClip), `ZScore` (ZClip) or a `Threshold` of your own, with the global
+            scope. It is copied; its statistics are part of `state_dict()`.
         delta: floor δ in [0, 1]: h never falls below η δ. 0 is plain clipping, 1 plain gradient descent.
         momentum: μ >= 0; 0 keeps no buffer.
         dampening: τ, the gradient enters the buffer with weight 1 - τ.
@@ -65,7 +68,7 @@ class DeltaGClip(ClippedOptimizer):
         params: ParamsT,
         lr: float | Tensor,
         *,
-        gamma: float,
+        gamma: float | Threshold,
         delta: float,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -80,7 +83,7 @@ class DeltaGClip(ClippedOptimizer):
         super().__init__(
             params,
             lr,
-            {"gamma": gamma, "delta": delta},
+            {"gamma": copy.deepcopy(gamma), "delta": delta},
             momentum=momentum,
             dampening=dampening,
             nesterov=nesterov,
@@ -92,12 +95,73 @@ class DeltaGClip(ClippedOptimizer):
             master_weights=master_weights,
         )
 
-    def _check_rule(self, group: dict[str, Any]) -> None:
-        check_number("gamma", group["gamma"], 0.0, math.inf, open_low=True, inf=True)
+    def check_rule(self, group: dict[str, Any]) -> None:
+        check_gamma(group["gamma"], self.scope)
         check_number("delta", group["delta"], 0.0, 1.0, fix="0 is plain clipping, 1 plain gradient descent")
 
-    def _scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
+    def scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
         return scales.delta_gclip(norm, group["gamma"], group["delta"])
 
-    def _thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
-        return group["gamma"], floor_threshold(group["gamma"], group["delta"])
+    def thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
+        return group["gamma"], group.get("floor_at", floor_threshold(group["gamma"], group["delta"]))
+
+    def _settle(self, work: list[Work], norm: float | Tensor) -> None:
+        asked: dict[int, Any] = {}  # one object may serve several groups, but takes in one norm a step
+        settled: dict[Any, dict[str, Any]] = {}
+        for w in work:
+            own, delta = w.group["gamma"], w.group["delta"]
+            if isinstance(own, Threshold):
+                if id(own) not in asked:
+                    asked[id(own)] = own.threshold(norm)
+                if (id(own), delta) not in settled:
+                    gamma = asked[id(own)]
+                    settled[id(own), delta] = {
+                        "gamma": gamma,
+                        "delta": delta,
+                        "floor_at": floor_threshold(gamma, delta),
+                    }
+                w.letters = settled[id(own), delta]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its options; a threshold object in it is copied."""
+        if isinstance(param_group.get("gamma"), Threshold):
+            param_group = {**param_group, "gamma": copy.deepcopy(param_group["gamma"])}
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base class's dictionary.
+
+        Where γ of group number i follows the norms, the group names the threshold ("gamma": "ZScore(z=2.5, ...)") and
+        its statistics stand beside the counts as `threshold<i>_<name>`.
+        """
+        state = super().state_dict()
+        for i, group in enumerate(state["param_groups"]):
+            own = group["gamma"]
+            if isinstance(own, Threshold):
+                group["gamma"] = repr(own)
+                state |= {f"threshold{i}_{name}": value for name, value in own.state().items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave; one of `torch.optim.SGD` for the same parameters is welcome too.
+
+        A threshold object is not rebuilt from its name: the optimizer must have been built with the same.
+
+        Raises:
+            ValueError: the dictionary names another threshold than the one that is here; nothing has been touched.
+        """
+        own = [group["gamma"] for group in self.param_groups]
+        for i, (mine, saved) in enumerate(zip(own, state_dict["param_groups"])):
+            name = saved.get("gamma")
+            if isinstance(name, str) and name != repr(mine):
+                raise ValueError(
+                    f"param_groups[{i}] was saved with gamma={name}, here it is gamma={mine!r}; build the optimizer "
+                    "with the threshold it was saved with"
+                )
+        super().load_state_dict(state_dict)
+        for i, (group, mine) in enumerate(zip(self.param_groups, own)):
+            if isinstance(group["gamma"], (str, Threshold)):  # what was saved is a name, what torch put there a copy
+                group["gamma"] = mine
+                prefix = f"threshold{i}_"
+                found = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+                mine.load(found or None)

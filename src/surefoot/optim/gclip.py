@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from surefoot.optim.delta_gclip import DeltaGClip
+from surefoot.optim.thresholds import Threshold
 
 
 class GClip(DeltaGClip):
@@ -19,7 +20,7 @@ class GClip(DeltaGClip):
     Args:
         params: parameters or groups of them.
         lr: η > 0.
-        gamma: threshold γ in (0, inf].
+        gamma: threshold γ in (0, inf], or an object that follows the norms, see `DeltaGClip`.
         options: the further options of `DeltaGClip`: momentum, dampening, nesterov, weight_decay,
             decoupled_weight_decay, scope, nonfinite, maximize, master_weights.
 
@@ -35,7 +36,7 @@ class GClip(DeltaGClip):
     Source: arXiv 2404.08624, Definition 1; why it helps: arXiv 1905.11881.
     """
 
-    def __init__(self, params: ParamsT, lr: float | Tensor, *, gamma: float, **options: Any) -> None:
+    def __init__(self, params: ParamsT, lr: float | Tensor, *, gamma: float | Threshold, **options: Any) -> None:
         if "delta" in options:
             raise TypeError(f"GClip takes no delta (it is 0 here), got delta={options['delta']!r}; use DeltaGClip")
         super().__init__(params, lr, gamma=gamma, delta=0.0, **options)

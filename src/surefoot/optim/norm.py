@@ -53,7 +53,8 @@ def _squares_on_cpu(grads: Sequence[Tensor]) -> float:
         total += _sum_of_squares(_flatten_dense_tensors(small))
     # Squares of float32 vanish below 1e-38 and overflow above 1e38: then, and only then, count again in float64.
     if total < 1e-30 * count or total == math.inf:
-        total = sum([float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in grads])
+        sizes = [float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in grads]
+        total = sum([x * x for x in sizes])  # not x**2, which raises where it overflows
     return total
 
 
@@ -125,7 +126,8 @@ def shard_group(param: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """Return over which dimensions of which mesh a parameter is cut up, or None if every rank has all of it."""
     if not is_distributed(param):
         return None
-    dims = tuple(i for i, placement in enumerate(param.placements) if placement.is_shard())  # type: ignore[attr-defined]
+    # whatever is not a copy is a part: FSDP on top of tensor parallelism has a placement that is no Shard by name
+    dims = tuple(i for i, placement in enumerate(param.placements) if not placement.is_replicate())  # type: ignore[attr-defined]
     return (param.device_mesh, dims) if dims else None  # type: ignore[attr-defined]
 
 

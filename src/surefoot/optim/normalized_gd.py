@@ -41,11 +41,11 @@ class NormalizedGD(ClippedOptimizer):
     def __init__(self, params: ParamsT, lr: float | Tensor, *, beta: float, **options: Any) -> None:
         super().__init__(params, lr, {"beta": beta}, **options)
 
-    def _check_rule(self, group: dict[str, Any]) -> None:
+    def check_rule(self, group: dict[str, Any]) -> None:
         check_number("beta", group["beta"], 0.0, math.inf)
 
-    def _scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
+    def scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
         return scales.normalized(norm, group["beta"])
 
-    def _thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
+    def thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
         return group["beta"], math.inf

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 
-def delta_gclip(norm: Tensor, gamma: float, delta: float) -> Tensor:
+def delta_gclip(norm: Tensor, gamma: float | Tensor, delta: float) -> Tensor:
     """Return min{1, max{δ, γ/||g||}}, the δ-GClip multiplier in [δ, 1].
 
     Args:
         norm: ||g||, any shape, >= 0. At 0 the multiplier is 1; at infinity δ; at NaN NaN.
-        gamma: threshold γ in (0, inf]; inf never clips.
+        gamma: threshold γ in [0, inf]; inf never clips. A () tensor where only the device knows it.
         delta: floor δ in [0, 1]; 0 is plain clipping, 1 plain gradient descent.
 
     Returns:
@@ -35,10 +35,15 @@ def delta_gclip(norm: Tensor, gamma: float, delta: float) -> Tensor:
 
     Source: Tucat, Mukherjee, Sen, Sun, Rivasplata, arXiv 2404.08624, Definition 2.
     """
-    if gamma == float("inf"):
+    if isinstance(gamma, Tensor):
+        limit = gamma
+    elif gamma == float("inf"):
         return torch.ones_like(norm)
-    # torch works out a number over a tensor as number * (1/tensor), rounded twice: ||g|| = γ would be clipped
-    return (torch.full_like(norm, gamma) / norm).clamp(min=delta, max=1.0)
+    else:
+        # torch works out a number over a tensor as number * (1/tensor), rounded twice: ||g|| = γ would be clipped
+        limit = torch.full_like(norm, gamma)
+    ratio = (limit / norm).clamp(min=delta, max=1.0)
+    return torch.where((norm <= limit) | torch.isinf(limit), 1.0, ratio)  # 0/0 and ∞/∞ would be NaN
 
 
 def gclip(norm: Tensor, gamma: float) -> Tensor:

@@ -42,12 +42,12 @@ class SmoothClip(ClippedOptimizer):
     def __init__(self, params: ParamsT, lr: float | Tensor = 1.0, *, L0: float, L1: float, **options: Any) -> None:
         super().__init__(params, lr, {"L0": L0, "L1": L1}, **options)
 
-    def _check_rule(self, group: dict[str, Any]) -> None:
+    def check_rule(self, group: dict[str, Any]) -> None:
         check_number("L0", group["L0"], 0.0, math.inf, open_low=True)
         check_number("L1", group["L1"], 0.0, math.inf)
 
-    def _scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
+    def scale(self, norm: Tensor, group: dict[str, Any]) -> Tensor:
         return scales.smooth_clip(norm, group["L0"], group["L1"])
 
-    def _thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
+    def thresholds(self, group: dict[str, Any]) -> tuple[float, float]:
         return (group["L0"] / group["L1"] if group["L1"] > 0 else math.inf), math.inf

@@ -30,7 +30,14 @@ def regime_index(norm: Tensor, threshold: Tensor, floor_at: Tensor) -> Tensor:
     """
     above = norm > threshold
     regime = above.long() + (above & (norm >= floor_at)).long()
-    return torch.where(torch.isfinite(norm), regime, 3)
+    return regime.masked_fill(~torch.isfinite(norm), 3)
+
+
+def on_device(x: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a () float64 tensor: filled in there, since copying it over would wait for the device."""
+    if isinstance(x, Tensor):
+        return x.to(device, torch.float64)
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 class Telemetry:
@@ -70,26 +77,24 @@ class Telemetry:
     def record_on_device(self, verdicts: Sequence[tuple[Any, ...]], length: Tensor, skip: Tensor) -> None:
         """The same for () tensors; nothing waits for the device. `skip`, () bool, says that the step was left out."""
         device = length.device
-        columns = [
-            torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in c]) for c in zip(*verdicts)
-        ]
+        columns = [torch.stack([on_device(x, device) for x in c]) for c in zip(*verdicts)]
         norm, scale, threshold, floor_at = columns
-        norm = torch.where(skip & torch.isfinite(norm), math.nan, norm)
+        norm = norm.masked_fill(skip & torch.isfinite(norm), math.nan)  # torch.where would copy the number over
         if not isinstance(self.values, Tensor):
-            self.values = torch.tensor(self.values, dtype=torch.float64, device=device)
+            self.values = torch.stack([on_device(v, device) for v in self.values])
         old = self.values
         regime = regime_index(norm, threshold, floor_at)
         taken = regime != 3
-        finite = torch.where(taken, norm, 0.0)
+        finite = norm.masked_fill(~taken, 0.0)
         new = [
             old[0] + 1,
             *(old[1 + r] + (regime == r).sum() for r in range(4)),
             old[5] + finite.sum(),
-            old[6] + torch.where(skip | ~torch.isfinite(length), 0.0, length),
-            torch.minimum(old[7], torch.where(taken, norm, math.inf).min()),
-            torch.maximum(old[8], torch.where(taken, norm, -math.inf).max()),
+            old[6] + length.masked_fill(skip | ~torch.isfinite(length), 0.0),
+            torch.minimum(old[7], norm.masked_fill(~taken, math.inf).min()),
+            torch.maximum(old[8], norm.masked_fill(~taken, -math.inf).max()),
             norm.max(),
-            torch.where(skip, 0.0, scale.min()),
+            scale.min().masked_fill(skip, 0.0),
         ]
         self.values.copy_(torch.stack(new))  # in place, so that a captured graph counts too
 

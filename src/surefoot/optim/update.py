@@ -23,13 +23,14 @@ with ĝ = g + (λ/s) w.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surefoot.optim import norm as norms
+from surefoot.optim.traced import traced_sgd_
 
 # Outside this range λ/s and c/c' leave what float32 holds safely; the multiplier is then multiplied out first.
 SMALLEST = 1e-18
@@ -90,15 +91,18 @@ class Kernel:
         """The same for a multiplier that only the device knows, and `skip`, () bool, that leaves the step out."""
         lr, mu, tau = group["lr"], group["momentum"], group["dampening"]
         for batch in self._batches(state, group, params, grads):
+            batch.unscale(state)
             device = batch.weights[0].device
             found_inf = skip.to(device, torch.float32)
-            keep = 1 - lr * group["weight_decay"]
-            decay = batch.decouple(group, torch.where(skip, 1.0, keep).to(device, torch.float32))
+            taken = (~skip).to(device, torch.float64)
+            decay = batch.decouple(group, 1 - lr * group["weight_decay"] * taken)
             k = s.to(device)
+            if isinstance(lr, Tensor) and device.type != "cpu" and lr.device.type != "cpu":
+                lr = lr.to(torch.float32)  # what the kernel reads
             weights, grads = batch.weights, batch.grads
             options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "momentum": mu, "dampening": tau}
             options |= {"nesterov": group["nesterov"], "maximize": group["maximize"]}
-            if mu == 0 and decay == 0:
+            if mu == 0 and decay == 0 and weights[0].dtype is not torch.float64:
                 options["lr"] = (lr * k).to(torch.float32)
             else:
                 grads = batch.multiplied(-k if group["maximize"] else k)
@@ -116,6 +120,8 @@ class Kernel:
         momentum = group["momentum"] != 0
         batch = self._one_batch(state, group, params, grads)
         if batch is not None:
+            if not group["nesterov"]:
+                batch.unscale(state)
             return [batch]
         batches: dict[Any, Batch] = {}
         for p, g in zip(params, grads):
@@ -181,12 +187,17 @@ class Kernel:
         return {**state_dict, "state": state}
 
     @staticmethod
-    def restore(state: Mapping[Any, dict[str, Any]]) -> None:
-        """Undo `plain_state` after loading."""
+    def restore(state: Mapping[Any, dict[str, Any]], saved: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Undo `plain_state` after loading, given each parameter with what was saved for it."""
+        for p, entry in saved:
+            if "master" in entry:  # torch has just rounded it and its buffers to the parameter's half precision
+                state[p].update({k: v.to(p.device) for k, v in entry.items() if isinstance(v, Tensor)})
         for entry in state.values():
             scaled = entry.pop("scaled_buffer", None)
             if scaled is not None:
                 entry["momentum_buffer"] = scaled
+            elif "momentum_scale" in entry:  # a checkpointer that asks only for names it knows has left it out
+                entry["momentum_scale"] = 1.0
 
 
 class Batch:
@@ -234,7 +245,7 @@ class Batch:
     def multiplied(self, s: float | Tensor) -> list[Tensor]:
         """Return s g for every gradient, as new tensors."""
         if isinstance(s, Tensor) and self.grads[0].dtype in HALF:
-            return [g * s for g in self.grads]  # the foreach kernel would first round s to half precision
+            return [(g.float() * s).to(g.dtype) for g in self.grads]  # not s itself rounded to half precision
         if isinstance(s, Tensor):
             return list(torch._foreach_mul(self.grads, s.to(self.grads[0].dtype)))
         half = math.sqrt(s)  # in two factors: s itself may be beyond float32
@@ -243,7 +254,13 @@ class Batch:
     def decouple(self, group: dict[str, Any], keep: float | Tensor) -> float:
         """Apply decoupled decay, if that is what the group has; return the decay that is left for the gradient."""
         if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.weights, keep)
+            if not isinstance(keep, Tensor):
+                torch._foreach_mul_(self.weights, keep)
+            elif self.weights[0].dtype in HALF:
+                for w in self.weights:
+                    w.copy_(w.float() * keep)  # keep itself, rounded to half precision, is often 1
+            else:
+                torch._foreach_mul_(self.weights, keep.to(self.weights[0].dtype))
             return 0.0
         return group["weight_decay"]
 
@@ -274,4 +291,7 @@ class Batch:
 def _fused(
     weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor], *, lr: float | Tensor, **options: Any
 ) -> None:
-    torch._fused_sgd_(weights, grads, buffers, lr=lr, is_first_step=False, **options)
+    if torch.compiler.is_compiling():
+        traced_sgd_(weights, grads, buffers, lr=lr, **options)
+    else:
+        torch._fused_sgd_(weights, grads, buffers, lr=lr, is_first_step=False, **options)

@@ -72,12 +72,16 @@ class ReferenceOptimizer:
                 if g is None:
                     continue
                 norm = {"global": total, "group": _norm(in_group), "tensor": _norm([g])}[self.scope]
-                scale = reference_scale(self.rule, norm, **self._letters(group))
+                scale = self.scale(norm, group)
                 length += (group.options["lr"] * scale * _norm([g])) ** 2
                 self._move(group, i, g, scale)
         for norm, group in self._judged(exact):
             self._count(norm, group)
         self.path_length += math.sqrt(length)
+
+    def scale(self, norm: float, group: ReferenceGroup) -> float:
+        """Return the multiplier; a twin of another rule says here which."""
+        return reference_scale(self.rule, norm, **self._letters(group))
 
     def _move(self, group: ReferenceGroup, i: int, g: Tensor, scale: float) -> None:
         o, w = group.options, group.params[i]
@@ -100,7 +104,8 @@ class ReferenceOptimizer:
         names = {"delta_gclip": ("gamma", "delta"), "normalized": ("beta",), "smooth_clip": ("L0", "L1")}[self.rule]
         return {name: group.options[name] for name in names}
 
-    def _thresholds(self, group: ReferenceGroup) -> tuple[float, float]:
+    def thresholds(self, group: ReferenceGroup) -> tuple[float, float]:
+        """Return the norm above which a step counts as clipped, and the one from which the floor acts."""
         o = group.options
         if self.rule == "delta_gclip":
             return o["gamma"], (o["gamma"] / o["delta"] if o["delta"] else math.inf)
@@ -109,7 +114,7 @@ class ReferenceOptimizer:
         return (o["L0"] / o["L1"] if o["L1"] else math.inf), math.inf
 
     def _count(self, norm: float, group: ReferenceGroup) -> None:
-        gamma, floor_at = self._thresholds(group)
+        gamma, floor_at = self.thresholds(group)
         regime = "unclipped" if norm <= gamma else "clipped" if norm < floor_at else "floored"
         self.counts[regime] += 1
 
@@ -122,7 +127,7 @@ class ReferenceOptimizer:
         if self.scope == "group":
             return [(_norm(gs), group) for group, gs in used]
         total = _norm([g for _, gs in used for g in gs])
-        same_rule = len({self._thresholds(group) for group, _ in used}) == 1
+        same_rule = len({self.thresholds(group) for group, _ in used}) == 1
         return [(total, group) for group, _ in (used[:1] if same_rule else used)]
 
 

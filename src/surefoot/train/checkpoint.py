@@ -17,12 +17,15 @@ from torch.optim import Optimizer
 
 from surefoot.errors import InputError
 from surefoot.train.config import plain
+from surefoot.train.distributed import Team, part_like, whole
 from surefoot.train.files import TEMPORARY, write_folder
 
 KEEP = 2
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], team: Team
+) -> Path:
     """Write `folder`/step-NNNNNNNN with model.safetensors, optimizer.safetensors and state.json; keep the newest two.
 
     Args:
@@ -31,14 +34,18 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         model: its state dictionary is saved; tensors that share memory are saved once.
         optimizer: its state dictionary is saved.
         progress: what else the loop needs, as strict JSON.
+        team: every rank hands in its parts, rank 0 writes them whole: a checkpoint knows nothing of ranks.
     """
-    weights, aliases = _unique(model.state_dict())
+    weights, aliases = _unique(_whole_state(model))
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = whole(value)
+            else:
+                numbers[f"{index}.{name}"] = value
     for name, value in state.items():
         if isinstance(value, Tensor):
             tensors[name] = value
@@ -52,18 +59,22 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         "progress": progress,
     }
     path = folder / f"step-{step:08d}"
-    if path.exists():
-        return path
-    write_folder(
-        path,
-        {
-            "model.safetensors": save(weights),
-            "optimizer.safetensors": save({k: v.detach().contiguous().clone() for k, v in tensors.items()}),
-            "state.json": json.dumps(document, allow_nan=False).encode(),
-        },
-    )
-    for old in checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
+
+    def write() -> None:
+        if path.exists():
+            return
+        write_folder(
+            path,
+            {
+                "model.safetensors": save(weights),
+                "optimizer.safetensors": save({k: v.detach().contiguous().clone() for k, v in tensors.items()}),
+                "state.json": json.dumps(document, allow_nan=False).encode(),
+            },
+        )
+        for old in checkpoints(folder)[:-KEEP]:
+            shutil.rmtree(old)
+
+    team.on_main(write)
     return path
 
 
@@ -84,13 +95,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple
         ) from error
     for alias, name in document["aliases"].items():
         weights[alias] = weights[name]
-    model.load_state_dict(weights)
+    own = model.state_dict()
+    model.load_state_dict({name: part_like(w, own[name]) if name in own else w for name, w in weights.items()})
     _restore_random(tensors, document["python_random"])
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for name, value in [*tensors.items(), *document["optimizer"].items()]:
         index, dot, entry = name.partition(".")
         if dot:
+            value = part_like(value, params[int(index)]) if isinstance(value, Tensor) else value
             state.setdefault(int(index), {})[entry] = value
         else:
             top[name] = value
@@ -103,6 +117,19 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process had not finished writing."""
     for path in [*folder.glob(f"{TEMPORARY}*"), *(folder / "checkpoints").glob(f"{TEMPORARY}*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dictionary with every tensor whole; those that are one parameter stay one tensor."""
+    one = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    found: dict[Any, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        key = one.get(name, name)
+        if key not in found:
+            found[key] = whole(value)
+        state[name] = found[key]
+    return state
 
 
 def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -60,7 +60,7 @@ class TrainConfig:
     """Train on this many rows only."""
 
     model: str = "mlp"
-    """mlp, resnet20, resnet18, vit-tiny, lstm, vae or path/to/file.py:factory."""
+    """mlp, resnet20, resnet18, vit-tiny, lstm, gpt, vae or path/to/file.py:factory."""
     width: tuple[int, ...] | None = None
     """Units in each hidden layer: one number for all, or one a layer."""
     depth: int | None = None
@@ -115,8 +115,12 @@ class TrainConfig:
     """cpu, cuda, cuda:1, mps ..."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of data, weights and arithmetic."""
+    autocast: Literal["none", "bf16"] = "none"
+    """bf16 works out products in bfloat16; weights and steps stay in --dtype."""
     threads: int | None = None
     """Threads of the CPU (torch's choice); results are repeated bit for bit at the same number."""
+    parallel: Literal["none", "ddp", "fsdp"] = "none"
+    """Under torchrun: ddp (what none means with several processes) copies the model, fsdp cuts it up."""
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with every default filled in, or raise InputError on an option out of range.
@@ -157,6 +161,8 @@ class TrainConfig:
             raise InputError(f"--warmup {self.warmup} is negative; give a number of steps, 0 for none")
         if not self.checkpoint_seconds > 0:
             raise InputError(f"--checkpoint-seconds {self.checkpoint_seconds:g} is not positive")
+        if self.autocast != "none" and self.dtype == "float64":
+            raise InputError(f"--autocast {self.autocast} and --dtype float64 contradict each other; give one")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed} is outside [0, 2^63)")
         return dataclasses.replace(self, **filled)

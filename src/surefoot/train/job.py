@@ -7,7 +7,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from surefoot.errors import InputError
 from surefoot.models import build, check_shapes
 from surefoot.train.batches import steps_per_epoch
 from surefoot.train.config import TrainConfig
+from surefoot.train.distributed import ALONE, Team, local_device
 from surefoot.train.objective import Objective, choose_loss
 from surefoot.train.optimizers import Stepper
 
@@ -41,12 +42,25 @@ class Job:
     per_epoch: int
     steps: int
     eval_every: int
+    team: Team  # the processes that share the work,
+    forward: nn.Module  # and what each of them calls to train: the model, or what spreads it over them
 
     @property
     def title(self) -> str:
         """Say what is trained on what, with what."""
         model = self.config.model if ":" not in self.config.model else Path(self.config.model).name
         return f"{model} on {self.data.name}, {self.config.optimizer}"
+
+    def spread(self, team: Team) -> Job:
+        """Return the job as this process's part of the team's work."""
+        row = self.data.train_x[:1].to(self.device)
+        forward = team.spread(self.model, row, half=self.config.autocast == "bf16")
+        stepper = Stepper(self.config, [p for p in self.model.parameters() if p.requires_grad])
+        return dataclasses.replace(self, team=team, forward=forward, stepper=stepper)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which model and loss are worked out."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.autocast == "bf16" else nullcontext()
 
     def data_summary(self) -> dict[str, Any]:
         """Return what the report says about the data, and a fingerprint of it."""
@@ -66,7 +80,7 @@ def prepare(config: TrainConfig) -> Job:
         InputError: an option that makes no sense, with the fix.
     """
     config = config.resolved()
-    device = _device(config.device)
+    device = _device(local_device(config.device))
     dtype = DTYPES[config.dtype]
     data = load(
         config.data,
@@ -119,6 +133,8 @@ def prepare(config: TrainConfig) -> Job:
         per_epoch=per_epoch,
         steps=steps,
         eval_every=config.eval_every or max(per_epoch, -(-steps // 100)),
+        team=ALONE,
+        forward=model,
     )
 
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from surefoot.optim.telemetry import REGIMES
 from surefoot.train.batches import batch_rows
 from surefoot.train.checkpoint import checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from surefoot.train.config import TrainConfig, read_config
+from surefoot.train.distributed import joined, shares, without_sync
 from surefoot.train.document import FORMAT, VERSION, read_run, update_run
 from surefoot.train.environment import environment
 from surefoot.train.files import write_json
@@ -35,8 +36,9 @@ class Diverged(Exception):
 def train(config: TrainConfig, out: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Train from the start and return the run's document, run.json.
 
-    Everything is checked before the folder is made. The document's `status` is "finished", "interrupted" (Ctrl-C: the
-    step was finished and a checkpoint written) or "diverged" (`message` says at which step, and what to lower).
+    Everything is checked before the folder is made. Under torchrun every process calls this, and rank 0 writes. The
+    document's `status` is "finished", "interrupted" (Ctrl-C: the step was finished and a checkpoint written) or
+    "diverged" (`message` says at which step, and what to lower).
 
     Args:
         config: the options; defaults are filled in.
@@ -47,13 +49,18 @@ def train(config: TrainConfig, out: Path, *, quiet: bool = False) -> dict[str, A
         InputError: an option that makes no sense; nothing has been written.
         OSError: the disk is full; the newest checkpoint is whole.
     """
-    check_out(out)
-    job = prepare(config)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", job.config.to_json())
-    write_json(out / "data.json", job.data.statistics)
-    with repeatable(job.config.threads):
-        return _Run(job, out, quiet).go()
+    with joined(config.parallel, config.device) as team:
+        team.on_main(lambda: check_out(out))
+        job = team.agree(lambda: prepare(config))
+
+        def begin() -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "config.json", job.config.to_json())
+            write_json(out / "data.json", job.data.statistics)
+
+        team.on_main(begin)
+        with repeatable(job.config.threads):
+            return _Run(job.spread(team), out, quiet).go()
 
 
 def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = Fal
 
     Args:
         folder: what `train` made.
-        config: if given, must be the run's own.
+        config: if given, must be the run's own, but for `parallel`: the number of processes may change too.
         quiet: print no progress.
 
     Raises:
@@ -70,6 +77,8 @@ def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = Fal
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder} is not a run: it holds no config.json; give a folder that --out made")
     stored = read_config(folder / "config.json")
+    if config is not None:
+        stored = replace(stored, parallel=config.parallel)
     if config is not None and (differences := _differences(stored, config)):
         raise InputError(
             f"--resume {folder} was started with another configuration: {'; '.join(differences)}; leave these "
@@ -78,14 +87,19 @@ def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = Fal
     document = read_run(folder, "--resume") if (folder / "run.json").is_file() else None
     if document is not None and document["status"] == "finished":
         return document
-    remove_leftovers(folder)
-    job = prepare(stored)
-    if document is not None and document["data"]["fingerprint"] != job.data_summary()["fingerprint"]:
-        raise InputError(f"--resume {folder}: the data at {stored.data} have changed since the run was started")
-    if not (folder / "data.json").is_file():
-        write_json(folder / "data.json", job.data.statistics)
-    with repeatable(job.config.threads):
-        return _Run(job, folder, quiet).go()
+    with joined(stored.parallel, stored.device) as team:
+        team.on_main(lambda: remove_leftovers(folder))
+        job = team.agree(lambda: prepare(stored))
+
+        def begin() -> None:
+            if document is not None and document["data"]["fingerprint"] != job.data_summary()["fingerprint"]:
+                raise InputError(f"--resume {folder}: the data at {stored.data} have changed since the run was started")
+            if not (folder / "data.json").is_file():
+                write_json(folder / "data.json", job.data.statistics)
+
+        team.on_main(begin)
+        with repeatable(job.config.threads):
+            return _Run(job.spread(team), folder, quiet).go()
 
 
 def check_out(out: Path) -> None:
@@ -105,14 +119,15 @@ class _Run:
     """A job in its folder."""
 
     def __init__(self, job: Job, folder: Path, quiet: bool) -> None:
-        self.job, self.folder, self.quiet = job, folder, quiet
+        self.job, self.folder, self.team = job, folder, job.team
+        self.quiet = quiet or not job.team.main
         self.step = 0
         self.seconds, self.rows = 0.0, 0
         self.metrics = Table(STEP_COLUMNS)
         self.evals = Table(tuple(dict.fromkeys(["step", "epoch", "train_loss", "test_loss", self.metric.column])))
         self.status, self.message = "running", ""
         self.counts: Counter[str] = Counter()
-        self.environment = environment(job.device)
+        self.environment = {**environment(job.device), "processes": job.team.size}
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
 
     @property
@@ -129,11 +144,16 @@ class _Run:
         self.counts.update(self.metrics.columns["regime"])
         began, saved = time.monotonic(), time.monotonic()
         before = self.seconds
-        events = _Events(self.folder / "tensorboard", self.step, job.steps)
+        events = _Events(self.folder / "tensorboard", self.step, job.steps) if self.team.main else _NoEvents()
         job.model.train()
-        with Progress(job.steps, start=self.step, quiet=self.quiet) as progress, _interrupts() as interrupted, events:
+        stop: float = 0
+        with (
+            Progress(job.steps, start=self.step, quiet=self.quiet) as progress,
+            _interrupts(tell=self.team.main) as interrupted,
+            events,
+        ):
             try:
-                while self.step < job.steps and not interrupted:
+                while self.step < job.steps and not stop:
                     row, rows = self._take_step()
                     self.seconds = before + time.monotonic() - began
                     self.rows += rows
@@ -142,7 +162,9 @@ class _Run:
                     progress.update(self.step, rows, row["loss"], row["grad_norm"], counts)
                     if self.step % job.eval_every == 0 or self.step == job.steps:
                         events.evaluation(self._evaluate())
-                    if time.monotonic() - saved >= job.config.checkpoint_seconds:
+                    due = self.team.main and time.monotonic() - saved >= job.config.checkpoint_seconds
+                    stop, save = self.team.sum([len(interrupted), due])  # what one knows, all know
+                    if save:
                         self._save()
                         saved = time.monotonic()
             except Diverged as error:
@@ -164,12 +186,19 @@ class _Run:
         y = job.data.train_y if picked is None else job.data.train_y[picked]
         job.stepper.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        size = min(config.micro_batch or len(x), len(x))
-        for xs, ys in zip(x.split(size), y.split(size)):
-            xs, ys = xs.to(job.device), ys.to(job.device)
-            part = job.objective.value(job.model(xs), xs, ys) * (len(xs) / len(x))
-            part.backward()
+        self.team.seed(config.seed, self.step)
+        self.team.share_buffers(job.model)
+        pieces = shares(len(x), self.team, config.micro_batch)
+        for start, end in pieces:
+            weight = (end - start) / len(x)
+            picked = slice(start, end) if end > start else slice(0, 1)  # of no weight, but the others wait for it
+            xs, ys = x[picked].to(job.device), y[picked].to(job.device)
+            with without_sync(job.forward, last=(start, end) == pieces[-1]):
+                with job.precision():
+                    part = job.objective.value(job.forward(xs), xs, ys) * weight
+                (part * self.team.size).backward()  # ddp and fsdp divide by it
             loss += part.item()
+        [loss] = self.team.sum([loss])
         if not math.isfinite(loss):
             raise Diverged(self._divergence("loss", loss))
         assert config.lr is not None
@@ -209,7 +238,10 @@ class _Run:
         since = self.evals.columns["step"][-1] if len(self.evals) else 0
         losses = self.metrics.columns["loss"][since:]
         rows = min(1000, max(job.batch_size, 64))
-        result = job.objective.evaluate(job.model, job.data.test_x, job.data.test_y, rows=rows, device=job.device)
+        self.team.share_buffers(job.model)
+        x, y = job.data.test_x, job.data.test_y
+        with job.precision():
+            result = job.objective.evaluate(job.model, x, y, rows=rows, device=job.device, team=self.team)
         row = {
             "step": self.step,
             "epoch": self.step / job.per_epoch,
@@ -222,11 +254,15 @@ class _Run:
     def _save(self) -> None:
         self._write_rows()
         progress = {"seconds": self.seconds, "rows": self.rows}
-        save_checkpoint(self.folder / "checkpoints", self.step, self.job.model, self.job.stepper.optimizer, progress)
+        folder, job = self.folder / "checkpoints", self.job
+        save_checkpoint(folder, self.step, job.model, job.stepper.optimizer, progress, self.team)
 
     def _write_rows(self) -> None:
-        self.metrics.write(self.folder / "metrics.parquet")
-        self.evals.write(self.folder / "evals.parquet")
+        def write() -> None:
+            self.metrics.write(self.folder / "metrics.parquet")
+            self.evals.write(self.folder / "evals.parquet")
+
+        self.team.on_main(write)
 
     def _restore(self) -> None:
         found = checkpoints(self.folder / "checkpoints")
@@ -254,7 +290,7 @@ class _Run:
             "seconds": self.seconds,
             "rows": self.rows,
         }
-        return update_run(self.folder, head, self.metrics, self.evals)
+        return self.team.on_main(lambda: update_run(self.folder, head, self.metrics, self.evals))
 
 
 class _Events:
@@ -286,8 +322,24 @@ class _Events:
                 self.writer.add_scalar(f"eval/{name}", value, row["step"])
 
 
+class _NoEvents(_Events):
+    """What the other ranks have."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, row: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        pass
+
+
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def _interrupts(*, tell: bool) -> Iterator[list[int]]:
     """Collect Ctrl-C instead of dying of it; a second one is obeyed at once."""
     received: list[int] = []
 
@@ -295,7 +347,8 @@ def _interrupts() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nfinishing this step and writing a checkpoint (Ctrl-C again to stop at once)", flush=True)
+        if tell:
+            print("\nfinishing this step and writing a checkpoint (Ctrl-C again to stop at once)", flush=True)
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surefoot.errors import InputError
 from surefoot.models.vae import elbo_loss
+from surefoot.train.distributed import ALONE, Team, shares
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,24 @@ class Objective:
         return F.cross_entropy(out.reshape(-1, self.outputs), y.reshape(-1))
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, *, rows: int, device: torch.device) -> dict[str, float]:
-        """Return test_loss and the task's metric, in eval mode and leaving mode and random numbers as they were."""
+    def evaluate(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, rows: int, device: torch.device, team: Team = ALONE
+    ) -> dict[str, float]:
+        """Return test_loss and the task's metric, in eval mode and leaving mode and random numbers as they were.
+
+        Each rank goes through its share, `rows` rows at a time, and is told the result over all of them.
+        """
         modes = {module: module.training for module in model.modules()}
         rng = torch.get_rng_state()
         model.eval()
         loss = right = squared = 0.0
-        for xs, ys in zip(x.split(rows), y.split(rows)):
-            xs, ys = xs.to(device), ys.to(device)
-            out = model(xs)
+        for xs, ys in zip(x.split(rows * team.size), y.split(rows * team.size)):
+            [(start, end)] = shares(len(xs), team, None)
+            picked = slice(start, end) if end > start else slice(0, 1)
+            xs, ys = xs[picked].to(device), ys[picked].to(device)
+            out = model(xs)  # also where the share is empty: fsdp needs every rank
+            if start == end:
+                continue
             loss += float(self.value(out, xs, ys)) * len(xs)
             if self.task == "classification":
                 right += float((out.argmax(1) == ys).sum())
@@ -81,6 +91,7 @@ class Objective:
         for module, mode in modes.items():
             module.training = mode
         torch.set_rng_state(rng)
+        loss, right, squared = team.sum([loss, right, squared])
         result = {"test_loss": loss / len(x)}
         if self.task == "classification":
             result["test_accuracy"] = right / len(x)

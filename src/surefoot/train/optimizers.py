@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.optim import DeltaGClip, GClip, NormalizedGD, SmoothClip, clip_grad_
-from surefoot.optim.norm import global_norm
+from surefoot.optim import norm as norms
 from surefoot.optim.telemetry import REGIMES, regime_index
 from surefoot.train.config import TrainConfig
 
@@ -62,7 +62,7 @@ class Stepper:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        before = None if self.plain else [p.detach().clone() for p in self.params]
+        before = None if self.plain else [norms.local(p).detach().clone() for p in self.params]
         norm, scale = self._step_ours() if self.ours else self._step_torch()
         finite = math.isfinite(norm)
         gamma, floor_at = (torch.tensor([v], dtype=torch.float64) for v in self.thresholds)
@@ -71,8 +71,14 @@ class Stepper:
             return StepReport(norm, 0.0, regime, 0.0)
         length = lr * scale * norm
         if before is not None:
-            length = float(global_norm([p.detach() - b for p, b in zip(self.params, before)]))
+            length = self._norm([norms.local(p).detach() - b for p, b in zip(self.params, before)])
         return StepReport(norm, scale, regime, length)
+
+    def _norm(self, parts: list[Tensor | None]) -> float:
+        """Return the norm over all ranks of this rank's parts, one a parameter."""
+        with torch.no_grad():
+            [total] = norms.sums_of_squares([self.params], [parts])
+        return float(norms.root(total))
 
     def _step_ours(self) -> tuple[float, float]:
         self.optimizer.step()
@@ -81,8 +87,7 @@ class Stepper:
 
     def _step_torch(self) -> tuple[float, float]:
         c = self.config
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = float(global_norm(grads))
+        norm = self._norm([norms.local_gradient(p) for p in self.params])
         if not math.isfinite(norm) and c.nonfinite == "raise":
             raise FloatingPointError(f"gradient norm is {norm}")
         if not math.isfinite(norm) and c.nonfinite == "skip":

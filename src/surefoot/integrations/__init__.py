@@ -1,0 +1,1 @@
+"""One lazy adapter a file: `transformers`, `lightning`, `optax`. Each needs the extra of its name."""
