@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from optim_helpers import backward, batches, leaf, network, same_bits, values
+from test_optim_device_path import squares_as_tensor
 from torch import Tensor, nn
 
 from surefoot import GClip, clip_grad_
-from surefoot.optim import Percentile, fused_clip_step
+from surefoot.optim import Percentile, ZScore, fused_clip_step
+from surefoot.optim import norm as norms
+from surefoot.testing import NoSync
 
 nan, inf = math.nan, math.inf
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -228,6 +231,25 @@ def test_with_a_grad_scaler() -> None:
     assert scaler.get_scale() == 512.0
     for a, b in zip(nets[0].parameters(), nets[1].parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_waits_but_the_first_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "squares", squares_as_tensor)
+    asked = []
+
+    def step(self: torch.optim.Optimizer) -> None:
+        asked.append((self.grad_scale, self.found_inf))
+
+    for make in OPTIMIZERS.values():
+        w = leaf([1.0], [5.0])
+        opt = make([w], fused=True)
+        for gamma in (1.0, ZScore(warmup=1)):
+            fused_clip_step(opt, gamma=gamma)  # with momentum, torch makes its buffers
+            with monkeypatch.context() as patch:
+                patch.setattr(type(opt), "step", step)  # torch's own asks lr and the like on the CPU
+                with NoSync():
+                    fused_clip_step(opt, gamma=gamma)
+    assert len(asked) == 2 * len(OPTIMIZERS)
 
 
 def test_an_error_in_the_step_leaves_no_attributes_behind(monkeypatch: pytest.MonkeyPatch) -> None:

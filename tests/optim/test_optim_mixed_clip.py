@@ -3,15 +3,19 @@
 import copy
 import io
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from optim_helpers import backward, batches, leaf, network, same_bits, values
+from test_optim_device_path import squares_as_tensor
 from torch import Tensor, nn
 
 from surefoot import GClip, MixedClip
 from surefoot.optim import norm as norms
+from surefoot.testing import NoSync
 
 nan, inf = math.nan, math.inf
 every_scope = pytest.mark.parametrize("scope", ["global", "group", "tensor"])
@@ -51,14 +55,22 @@ class Twin:
                 params[j] = w - step
 
 
-def run(net: nn.Module, opt: MixedClip, start: int, stop: int, bad: tuple[int, ...] = ()) -> None:
+def run(
+    net: nn.Module,
+    opt: MixedClip,
+    start: int,
+    stop: int,
+    bad: tuple[int, ...] = (),
+    around: Callable[[], Any] = nullcontext,
+) -> None:
     dtype = next(net.parameters()).dtype
     for t, batch in enumerate(batches(stop, dtype)):
         if t >= start:
             backward(net, batch)
             if t in bad:
                 next(net.parameters()).grad.view(-1)[0] = nan
-            opt.step()
+            with around():
+                opt.step()
 
 
 @every_scope
@@ -247,16 +259,15 @@ def test_any_layout_and_parameters_without_gradient(memory: torch.memory_format)
 def test_steps_on_a_device_are_those_on_the_host(
     nonfinite: str, options: dict[str, Any], scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def steps() -> tuple[nn.Module, dict[str, float]]:
+    def steps(around: Callable[[], Any]) -> tuple[nn.Module, dict[str, float]]:
         net = network(torch.float64)
         opt = MixedClip(net.parameters(), 0.3, gamma=0.2, momentum=0.5, nonfinite=nonfinite, scope=scope, **options)
-        run(net, opt, 0, 8, bad=(0, 3) if nonfinite == "skip" else ())
+        run(net, opt, 0, 8, (0, 3) if nonfinite == "skip" else (), around)
         return net, opt.telemetry()
 
-    on_host = steps()
-    squares = norms.squares
-    monkeypatch.setattr(norms, "squares", lambda grads: torch.tensor(squares(grads), dtype=torch.float64))
-    on_device = steps()
+    on_host = steps(nullcontext)
+    monkeypatch.setattr(norms, "squares", squares_as_tensor)
+    on_device = steps(NoSync)
     for a, b in zip(on_host[0].parameters(), on_device[0].parameters()):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert on_device[1] == pytest.approx(on_host[1], rel=1e-10)

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from optim_helpers import backward, batches, leaf, network, same_bits
+from test_optim_device_path import squares_as_tensor
 from torch import Tensor, nn
 
 from surefoot import DeltaGClip, GClip, clip_grad_
 from surefoot.optim import Percentile, Threshold, ZScore
 from surefoot.optim import norm as norms
 from surefoot.optim import update as kernel
+from surefoot.testing import NoSync
 
 nan, inf = math.nan, math.inf
 
@@ -227,12 +231,13 @@ def gradients(net: nn.Module, t: int) -> None:
         next(net.parameters()).grad.view(-1)[0] = nan
 
 
-def run(net: nn.Module, opt: DeltaGClip, start: int, stop: int) -> list[float]:
+def run(net: nn.Module, opt: DeltaGClip, start: int, stop: int, around: Callable[[], Any] = nullcontext) -> list[float]:
     """Take the steps and return each γ."""
     gammas = []
     for t in range(start, stop):
         gradients(net, t)
-        opt.step()
+        with around():
+            opt.step()
         gammas.append(opt.param_groups[0]["gamma"].gamma)
     return gammas
 
@@ -358,6 +363,19 @@ def test_propagate_and_raise_keep_bad_norms_out() -> None:
         assert opt.param_groups[0]["gamma"].state()["count"].item() == 1
 
 
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+def test_a_step_that_a_grad_scaler_leaves_out_does_not_count(device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device:
+        monkeypatch.setattr(norms, "squares", squares_as_tensor)
+    w = leaf([0.0, 0.0], [3.0, 4.0])
+    opt = GClip([w], 1.0, gamma=Constant(2.5))
+    for overflow, count in ((1.0, 0), (0.0, 1)):
+        opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(overflow)  # the norm is finite all the same
+        opt.step()
+        assert opt.param_groups[0]["gamma"].state()["count"].item() == count
+    assert w.tolist() == pytest.approx([-1.5, -2.0])
+
+
 def test_a_threshold_of_zero_lets_zero_gradients_be() -> None:
     w = leaf([1.0, 1.0], [0.0, 0.0])
     opt = GClip([w], 1.0, gamma=Percentile(50))
@@ -419,15 +437,14 @@ def test_a_step_on_a_device_does_not_wait(make: Any, monkeypatch: pytest.MonkeyP
 
 @every_threshold
 def test_steps_on_a_device_are_those_on_the_host(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def steps() -> tuple[list[float], dict[str, float], nn.Module]:
+    def steps(around: Callable[[], Any]) -> tuple[list[float], dict[str, float], nn.Module]:
         net = network(torch.float64)
         opt = DeltaGClip(net.parameters(), 0.5, gamma=make(), delta=0.5)
-        return run(net, opt, 0, 19), opt.telemetry(), net
+        return run(net, opt, 0, 19, around), opt.telemetry(), net
 
-    on_host = steps()
-    squares = norms.squares
-    monkeypatch.setattr(norms, "squares", lambda grads: torch.tensor(squares(grads), dtype=torch.float64))
-    on_device = steps()
+    on_host = steps(nullcontext)
+    monkeypatch.setattr(norms, "squares", squares_as_tensor)
+    on_device = steps(NoSync)
     assert on_device[0] == pytest.approx(on_host[0], rel=1e-9)
     assert on_device[1] == pytest.approx(on_host[1], rel=1e-9)
     assert on_host[1]["skipped"] == 3

@@ -15,6 +15,7 @@ from surefoot.errors import InputError
 from surefoot.report import write_report
 from surefoot.train.compare import Comparison, compare, read_comparison
 from surefoot.train.config import TrainConfig
+from surefoot.train.distributed import launched
 from surefoot.train.loop import check_out, default_name
 
 
@@ -40,6 +41,8 @@ class CompareArgs(TrainConfig):
 def main(argv: list[str]) -> int:
     """Run `surefoot compare` and return its exit code."""
     args = parse(argv)
+    if launched() or args.parallel != "none":
+        raise InputError("surefoot compare runs in one process: leave out torchrun and --parallel")
     comparison = Comparison(_base(args), args.optimizer, args.seeds)  # type: ignore[arg-type]
     if args.resume is not None:
         if args.out is not None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from surefoot._version import __version__
 from surefoot.errors import InputError
@@ -59,11 +60,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _launched() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _let_main_speak() -> None:
     """Wait on other ranks than 0: torchrun ends all as soon as one has ended, and rank 0 has the same to say."""
-    if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK") != "0":
+    if _launched() and os.environ["RANK"] != "0":
         time.sleep(10)
 
 
+def _leave(code: int) -> NoReturn:
+    """Exit; under torchrun at once: gloo's threads now and then abort an interpreter that is being torn down."""
+    if _launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -28,9 +28,7 @@ class Work:
     all_grads: list[Tensor | None]  # one for each of the group's parameters
     params: list[Tensor]  # those that have a gradient
     grads: list[Tensor]  # theirs
-    letters: dict[str, Any] = field(
-        init=False
-    )  # the rule's letters for this step: the group, unless some follow a norm
+    letters: dict[str, Any] = field(init=False)  # the rule's, for this step: the group, unless some follow a norm
 
     def __post_init__(self) -> None:
         self.letters = self.group

@@ -83,7 +83,7 @@ def clip_grad_(
             g.zero_()
         return norm
     if isinstance(gamma, Threshold):
-        gamma = float(gamma.threshold(norm))
+        gamma = float(gamma.threshold(total))
     rest = iter(roots)
     for group in unit_grads:
         for unit in group:

@@ -58,14 +58,15 @@ def fused_clip_step(optimizer: Optimizer, *, gamma: float | Threshold, delta: fl
     _check(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     (total,) = norms.sums_of_squares([params], [[p.grad for p in params]])
-    norm = torch.as_tensor(norms.root(total), dtype=torch.float64)
-    limit = gamma.threshold(norm) if isinstance(gamma, Threshold) else gamma
+    size = norms.root(total)
+    norm = torch.as_tensor(size, dtype=torch.float64)
+    limit = gamma.threshold(size) if isinstance(gamma, Threshold) else gamma
     divisor = 1 / scales.delta_gclip(norm, limit, delta)  # what the kernels divide by, in float32
     skip = ~torch.isfinite(norm) | (divisor > LARGEST)
     if _lacks_buffers(optimizer) and bool(skip):
         # torch would make its momentum buffers of memory as it comes, and leave the filling to this step
         return norm
-    if norm.device.type != "cpu" or divisor != 1:
+    if isinstance(size, Tensor) or divisor != 1:  # on the CPU, where asking costs nothing, only if it has to clip
         optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
     optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
     try:

@@ -14,6 +14,7 @@ from surefoot.optim import norm as norms
 from surefoot.optim import scales
 from surefoot.optim._base import ClippedOptimizer, Work
 from surefoot.optim.checks import check_number, nonfinite_message
+from surefoot.optim.telemetry import on_device
 from surefoot.optim.update import HALF
 
 
@@ -130,7 +131,7 @@ class MixedClip(ClippedOptimizer):
 
     def _finish_on_device(self, work: list[Work], sums: Sequence[Any]) -> None:
         device = next(total.device for total in sums if isinstance(total, Tensor))
-        roots = [norms.root(torch.as_tensor(total, dtype=torch.float64, device=device)) for total in sums]
+        roots = [norms.root(on_device(total, device)) for total in sums]
         total = norms.hypot(roots)
         bad = ~torch.isfinite(total)
         if self.nonfinite == "raise" and bool(bad):
@@ -150,7 +151,7 @@ class MixedClip(ClippedOptimizer):
             found = [[m] for averages in found for m in averages]
         sums = norms.sums_of_squares(units, found)
         if skip is not None:
-            sums = [torch.as_tensor(total, dtype=torch.float64, device=skip.device) for total in sums]
+            sums = [on_device(total, skip.device) for total in sums]
         if not any(w.params for w in work):
             return
         of_g = self._judge(roots, work)
@@ -212,7 +213,8 @@ class MixedClip(ClippedOptimizer):
             keep, of_m, of_g = float(keep), float(of_m), float(of_g)
         else:
             keep = keep * torch.ones_like(skip, dtype=torch.float64)
-            keep, of_m, of_g = (torch.where(skip, still, x) for still, x in ((1.0, keep), (0.0, of_m), (0.0, of_g)))
+            keep = keep.masked_fill(skip, 1.0)
+            of_m, of_g = of_m.masked_fill(skip, 0.0), of_g.masked_fill(skip, 0.0)
         averages = [self._average(p) for p in params]
         locals_ = [norms.local(p) for p in params]
         weights = [p.to(m.dtype) for p, m in zip(locals_, averages)]  # half precision is stepped in float32,

@@ -43,7 +43,7 @@ def delta_gclip(norm: Tensor, gamma: float | Tensor, delta: float) -> Tensor:
         # torch works out a number over a tensor as number * (1/tensor), rounded twice: ||g|| = γ would be clipped
         limit = torch.full_like(norm, gamma)
     ratio = (limit / norm).clamp(min=delta, max=1.0)
-    return torch.where((norm <= limit) | torch.isinf(limit), 1.0, ratio)  # 0/0 and ∞/∞ would be NaN
+    return ratio.masked_fill((norm <= limit) | torch.isinf(limit), 1.0)  # 0/0 and ∞/∞ would be NaN
 
 
 def gclip(norm: Tensor, gamma: float) -> Tensor:

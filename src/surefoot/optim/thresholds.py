@@ -53,7 +53,8 @@ class Threshold(ABC):
     def update(self, norm: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return γ for a finite norm, and the statistics after it: a pure function of tensors on one device.
 
-        It must not look at values (no `if`, no `.item()`): that would wait for the device.
+        It must not look at values (no `if`, no `.item()`), which would wait for the device; `surefoot.testing.NoSync`
+        finds out.
 
         Args:
             norm: () float64.
@@ -74,19 +75,20 @@ class Threshold(ABC):
         A norm that is not finite changes nothing: the γ before it comes back, infinite if there was none.
         """
         if isinstance(norm, Tensor):
-            return self._follow(norm.to(torch.float64))
+            return self._follow(norm.to(torch.float64), check=False)
         if not math.isfinite(norm):
             return self.gamma
-        return float(self._follow(torch.tensor(norm, dtype=torch.float64)))
+        return float(self._follow(torch.tensor(norm, dtype=torch.float64), check=True))
 
-    def _follow(self, norm: Tensor) -> Tensor:
+    def _follow(self, norm: Tensor, *, check: bool) -> Tensor:
         state = self._ready(norm.device)
         finite = torch.isfinite(norm)
         before = {name: value for name, value in state.items() if name != "gamma"}
-        gamma, after = self.update(torch.where(finite, norm, 0.0), before)
+        # masked_fill, here and below: torch.where would copy a number to the device, and wait
+        gamma, after = self.update(norm.masked_fill(~finite, 0.0), before)
         if after.keys() != before.keys():
             raise ValueError(f"{self!r}: update() returned {sorted(after)}, but start() has {sorted(before)}")
-        if norm.device.type == "cpu" and not torch.compiler.is_compiling() and finite and not gamma >= 0:
+        if check and not gamma >= 0:
             raise ValueError(
                 f"{self!r}: update() returned gamma={gamma.item()} for norm={norm.item()}; it must be >= 0"
             )
@@ -257,14 +259,14 @@ class ZScore(Threshold):
         x = torch.where(spike, limit, norm)
         # Welford's running mean and std, then the exponential ones. hypot: a square could overflow.
         share = 1 / (count + 1).double()
-        weight = torch.where(warming, share, 1 - self.alpha)
-        spread = torch.where(warming, (share * (1 - share)).sqrt(), self.alpha * math.sqrt(1 - self.alpha))
+        weight = share.masked_fill(~warming, 1 - self.alpha)
+        spread = (share * (1 - share)).sqrt().masked_fill(~warming, self.alpha * math.sqrt(1 - self.alpha))
         after = {
             "count": count + 1,
             "mean": mean + weight * (x - mean),
             "std": torch.hypot((1 - weight).sqrt() * std, spread * (x - mean)),
         }
-        return torch.where(spike, limit, math.inf), after
+        return limit.masked_fill(~spike, math.inf), after
 
 
 def check_gamma(gamma: object, scope: str) -> None:

@@ -40,8 +40,8 @@ def save_checkpoint(
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
+    for index, entries in sorted(state["state"].items()):  # all ranks in the same order, which a loaded state is not in
+        for name, value in sorted(entries.items()):
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = whole(value)
             else:
