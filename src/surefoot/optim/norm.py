@@ -103,8 +103,11 @@ def real(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def hypot(pieces: Sequence[Any]) -> Any:
     """Return sqrt(x1² + x2² + ...) of floats or of () tensors."""
-    if any(isinstance(x, Tensor) for x in pieces):
-        return torch.linalg.vector_norm(torch.stack(list(pieces)))
+    tensors = [x for x in pieces if isinstance(x, Tensor)]
+    if tensors:  # a piece without a gradient is the number 0
+        return torch.linalg.vector_norm(
+            torch.stack([x if isinstance(x, Tensor) else torch.full_like(tensors[0], x) for x in pieces])
+        )
     return math.hypot(*pieces)
 
 
