@@ -1,17 +1,23 @@
-"""Telemetry in the logs of Hugging Face's Trainer."""
+"""Telemetry in the logs of Hugging Face's Trainer, and a smoothness probe around its steps."""
 
 # The library of this adapter is an extra, and pyright is run without it as well.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from surefoot.errors import InputError
 from surefoot.integrations.scalars import scalars, unwrap
+from surefoot.measure.smoothness import SmoothnessProbe
+from surefoot.measure.smoothness_fit import POINTS
 from surefoot.optim import ClippedOptimizer
 
 try:
+    from accelerate.utils import find_batch_size
     from transformers import TrainerCallback
 except ImportError as error:
     raise InputError(
@@ -89,3 +95,69 @@ class TelemetryCallback(TrainerCallback):
         seen = scalars(self._find(optimizer).telemetry())
         logs.update(seen)
         state.log_history[-1].update(seen)  # Trainer.log has just put a copy of the logs there
+
+
+class SmoothnessCallback(TrainerCallback):
+    """Measures the (L0, L1)-smoothness along the steps that a Trainer takes; training goes on bit for bit as without.
+
+    It attaches itself. The loss is the Trainer's own `compute_loss`, on the step's batch, piece by piece under gradient
+    accumulation (the gradient noise is measured then too). It runs in the mode and with the random numbers of the
+    moment; whatever `compute_loss` changes beside the model, such as counters of its own, is changed more often.
+
+    Args:
+        trainer: whose steps are probed.
+        every: probe steps every, 2 every, ...
+        points: fractions of the step at which the gradient is taken; see `SmoothnessProbe`.
+
+    Attributes:
+        probe: the `SmoothnessProbe`: `callback.probe.fit()` gives L0 and L1.
+
+    Raises:
+        InputError: the parameters are cut up over ranks.
+
+    Example:
+        >>> from surefoot.integrations.transformers import SmoothnessCallback
+        >>> # probe = SmoothnessCallback(trainer, every=50).probe, then trainer.train(), then print(probe.fit())
+    """
+
+    def __init__(self, trainer: Any, *, every: int = 50, points: Sequence[float] = POINTS) -> None:
+        half = trainer.args.bf16 or trainer.args.fp16
+        eps = torch.finfo(torch.bfloat16 if trainer.args.bf16 else torch.float16).eps if half else None
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+        reduce = torch.distributed.all_reduce if ranks else None
+        self.probe = SmoothnessProbe(trainer.model, every=every, points=points, eps=eps, all_reduce=reduce)
+        self._trainer = trainer
+        self._pieces: list[tuple[dict[str, Any], Any]] = []  # inputs and items of the batch, for each piece
+        self._training_step = trainer.training_step
+        trainer.training_step = self._step
+        trainer.add_callback(self)
+
+    def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        if self.probe.due(self._trainer.state.global_step + 1):
+            self._pieces.append((dict(inputs), num_items_in_batch))  # compute_loss takes labels out of its own
+        return self._training_step(model, inputs, num_items_in_batch)
+
+    def _losses(self) -> Iterator[tuple[Any, int]]:
+        """Yield loss and rows of each piece, scaled so that their mean over rows is the loss that is trained."""
+        trainer = self._trainer
+        sizes = [find_batch_size(inputs) or 1 for inputs, _ in self._pieces]
+        for (inputs, items), rows in zip(self._pieces, sizes):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(
+                    trainer.model, trainer._prepare_inputs(dict(inputs)), num_items_in_batch=items
+                )
+            summed = trainer.loss_is_scaled_for_ga
+            if summed is None:
+                summed = (
+                    trainer.model_accepts_loss_kwargs and items is not None
+                ) or trainer.compute_loss_func is not None
+            yield loss * (sum(sizes) / (rows * (1 if summed else len(sizes)))), rows
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the gradient before the step."""
+        self.probe.before(self._losses, state.global_step + 1)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the gradients along the step."""
+        self.probe.after()
+        self._pieces.clear()

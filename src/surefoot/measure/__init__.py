@@ -7,14 +7,15 @@ from surefoot.measure.gradient import alignment, full_gradient, jacobian_conditi
 from surefoot.measure.gram_rounding import gram_rounding
 from surefoot.measure.inputs import duplicates
 from surefoot.measure.measurement import Measurement
-from surefoot.measure.noise import gradient_noise
+from surefoot.measure.noise import gradient_noise, mean_noise
 from surefoot.measure.smoothness import SmoothnessProbe
-from surefoot.measure.smoothness_fit import SmoothnessFit, fit_smoothness
+from surefoot.measure.smoothness_fit import Observation, SmoothnessFit, fit_smoothness, refutation
 from surefoot.measure.tangent import jacobian_transpose_product, tangent_gram
 
 __all__ = [
     "FeatureRank",
     "Measurement",
+    "Observation",
     "SmoothnessFit",
     "SmoothnessProbe",
     "alignment",
@@ -28,7 +29,9 @@ __all__ = [
     "jacobian_transpose_product",
     "lambda_max",
     "lambda_min",
+    "mean_noise",
     "pl_ratio",
+    "refutation",
     "sharpness",
     "spectral_norm",
     "spectrum",
