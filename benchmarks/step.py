@@ -173,6 +173,7 @@ def adamw_arms(params: list[nn.Parameter], gamma: float) -> dict[str, Callable[[
 
 def compiled_arms(params: list[nn.Parameter], options: dict[str, Any], gamma: float) -> dict[str, Callable[[], Any]]:
     """Return torch.compile of clip + SGD and of the unclipped step."""
+    torch._dynamo.reset()  # or the eighth optimizer to be compiled would quietly run uncompiled
     clipped, plain = torch.optim.SGD(params, LR, foreach=True, **options), torch.optim.SGD(params, LR, **options)
 
     @torch.compile
