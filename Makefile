@@ -8,8 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test test-integrations lint nightly clean
 
+# Train, prove that an exact global minimum lies next to the weights, have an independent program check the proof.
 demo: $(VENV)/.installed
-	$(BIN)/surefoot train --data digits --model mlp --loss mse --lr 3 --gamma 0.05 --delta 0.5 --epochs 20
+	rm -rf runs/demo
+	$(BIN)/surefoot train --data digits --limit 300 --model mlp --width 256 --depth 1 --activation tanh --loss mse \
+		--lr 0.5 --gamma 0.1 --delta 0.5 --lr-schedule cosine --epochs 300 --threads 1 --out runs/demo
+	$(BIN)/surefoot certify runs/demo
+	$(BIN)/surefoot verify runs/demo/certificate
+	@echo "the report: $(CURDIR)/runs/demo/report.html"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

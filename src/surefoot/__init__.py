@@ -6,20 +6,34 @@ from typing import TYPE_CHECKING, Any
 from surefoot._version import __version__
 
 if TYPE_CHECKING:
+    from surefoot.certificates import certify
     from surefoot.optim import DeltaGClip, GClip, MixedClip, NormalizedGD, SmoothClip, clip_grad_
+    from surefoot.train.explore_exploit import ExploreExploit
 
 # Where each public name lives: loaded on first use (PEP 562), so that `import surefoot` stays cheap.
 _HOME = {
     "DeltaGClip": "surefoot.optim",
+    "ExploreExploit": "surefoot.train.explore_exploit",
     "GClip": "surefoot.optim",
     "MixedClip": "surefoot.optim",
     "NormalizedGD": "surefoot.optim",
     "SmoothClip": "surefoot.optim",
+    "certify": "surefoot.certificates",
     "clip_grad_": "surefoot.optim",
 }
-_PACKAGES = ("optim", "testing")
+_PACKAGES = ("certificates", "check", "measure", "optim", "testing", "theorems")
 
-__all__ = ["DeltaGClip", "GClip", "MixedClip", "NormalizedGD", "SmoothClip", "__version__", "clip_grad_"]
+__all__ = [
+    "DeltaGClip",
+    "ExploreExploit",
+    "GClip",
+    "MixedClip",
+    "NormalizedGD",
+    "SmoothClip",
+    "__version__",
+    "certify",
+    "clip_grad_",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -58,7 +58,7 @@ def test_pictures_are_small() -> None:
 
 @pytest.mark.parametrize("name", surefoot.__all__)
 def test_public_names_are_explained(name: str) -> None:
-    assert name in read("docs/optimizers.md")
+    assert name in "".join(read(f"docs/{page}.md") for page in ("optimizers", "certificates", "explore-exploit"))
 
 
 @pytest.mark.parametrize(("page", "args"), [("docs/train.md", TrainArgs), ("docs/compare.md", CompareArgs)])

@@ -10,7 +10,7 @@ import tyro
 
 from surefoot.report import write_report
 from surefoot.train.compare import is_comparison, read_comparison, summarise
-from surefoot.train.document import rebuild_run
+from surefoot.train.document import rebuild_run, with_additions
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class ReportArgs:
 def main(argv: list[str]) -> int:
     """Run `surefoot report` and return its exit code."""
     folder = tyro.cli(ReportArgs, args=argv, prog="surefoot report").run
-    document = summarise(read_comparison(folder), folder) if is_comparison(folder) else rebuild_run(folder)
+    if is_comparison(folder):
+        document = summarise(read_comparison(folder), folder)
+    else:
+        document = with_additions(rebuild_run(folder), folder)
     print(f"report: {write_report(document, folder / 'report.html')}")
     return 0

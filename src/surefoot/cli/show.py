@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from surefoot.report.certified import certified_rows, criteria_text, outcome_text, polished_text
 from surefoot.train.progress import duration
 
 
@@ -67,6 +68,35 @@ def comparison_table(document: dict[str, Any]) -> None:
             f"{len(arm['seeds'])}{failed}",
         )
     console().print(table)
+
+
+def certificate_table(document: dict[str, Any]) -> None:
+    """Print a certificate's verdict: what, its constants, what follows; else what is short and what would help."""
+    from rich.markup import escape
+
+    verdict = document["verdict"]
+    rows = certified_rows(document)
+    table = Table(title=escape(f"{outcome_text(verdict)}: {verdict['theorem']}"), show_header=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for group in rows:
+        for name, value, meaning in group:
+            table.add_row(escape(name), escape(value), escape(meaning))
+        table.add_section()
+    console().print(table)
+    for text in (document["statement"], polished_text(document), criteria_text(document)):
+        if text:
+            print(text)
+    for finding in verdict["findings"]:
+        if finding["outcome"] != "proved":
+            print(f"{finding['outcome']}: {finding['hypothesis']}: {finding['reason']}")
+            if finding["remedy"]:
+                print(f"  what would help: {finding['remedy']}")
+    for note in document["notes"]:
+        print(f"note: {note}")
+    if document["folder"]:
+        print(f"certificate: {document['folder']}; check it with surefoot verify {document['folder']}")
 
 
 def _number(value: float | None) -> str:

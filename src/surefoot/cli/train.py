@@ -11,11 +11,12 @@ from typing import Any
 
 import tyro
 
-from surefoot.cli.show import run_table
+from surefoot.cli.show import certificate_table, run_table
 from surefoot.errors import InputError
 from surefoot.report import write_report
 from surefoot.train.config import TrainConfig, read_config
 from surefoot.train.distributed import joined
+from surefoot.train.document import with_additions
 from surefoot.train.loop import default_name, resume, train
 
 
@@ -48,16 +49,22 @@ def main(argv: list[str]) -> int:
 
 def tell(document: dict[str, Any], folder: Path) -> int:
     """Write the report, print what the run came to, and return the exit code."""
+    document = with_additions(document, folder)
     report = write_report(document, folder / "report.html")
-    if document["status"] == "diverged":
+    status = document["status"]
+    if status in ("diverged", "failed"):
         print(f"surefoot train: {document['message']}", file=sys.stderr)
         print(f"report: {report}", flush=True)
-        return 2
+        return 2 if status == "diverged" else 1
     run_table(document)
-    if document["status"] == "interrupted":
+    if status == "interrupted":
         print(document["message"])
+    proved = True
+    if document["config"]["until_certified"] and status == "finished":
+        certificate_table(document["certificate"])
+        proved = document["certificate"]["verdict"]["outcome"] == "proved"
     print(f"report: {report}", flush=True)
-    return 0 if document["status"] == "finished" else 130
+    return 130 if status != "finished" else 0 if proved else 1
 
 
 def parse(argv: list[str]) -> TrainArgs:

@@ -1,7 +1,7 @@
 """One JSON document in, one self-contained HTML file out.
 
-The page needs no network, no script and no second file. Documents are of two formats, `surefoot.run` and
-`surefoot.comparison`, both version 1.
+The page needs no network, no script and no second file. Documents are of three formats, `surefoot.run`,
+`surefoot.comparison` and `surefoot.measurements`, all version 1; a run's document may hold its measurements.
 """
 
 from surefoot.report.build import render, write_report

@@ -111,18 +111,29 @@ def value_axis(
     axes.yaxis.get_offset_text().set(color=colour("muted"), fontsize=TEXT)
 
 
-def _log_axis(axes: "Axes", low: float, high: float) -> None:
+def log_x_axis(axes: "Axes", values: Array, compact: bool, label: str) -> None:
+    """A logarithmic x axis that shows `values`, all positive, under a label."""
+    _log_axis(axes, float(values.min()), float(values.max()), across=True, most=4 if compact else 6)
+    axes.set_xlabel(label, color=colour("muted"), fontsize=TEXT, labelpad=4)
+
+
+def _log_axis(axes: "Axes", low: float, high: float, *, across: bool = False, most: int = 6) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     reach = max(0.06 * math.log10(high / low), 0.08)
     bottom, top = low * 10**-reach, high * 10**reach
-    axes.set_yscale("log")
-    axes.set_ylim(bottom, top)
-    ticks = log_ticks(bottom, top)
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: log_label(value)))
-    axes.yaxis.set_minor_locator(FixedLocator([]))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if across:
+        axes.set_xscale("log")
+        axes.set_xlim(bottom, top)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom, top)
+    ticks = log_ticks(bottom, top, most)
+    axis = axes.xaxis if across else axes.yaxis
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: log_label(value)))
+    axis.set_minor_locator(FixedLocator([]))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def log_ticks(bottom: float, top: float, most: int = 6) -> list[float]:

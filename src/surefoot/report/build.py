@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from surefoot.errors import InputError
 from surefoot.report.comparison_page import comparison_page
+from surefoot.report.measured import measurements_page
 from surefoot.report.run_page import run_page
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ VERSION = 1
 _PAGES = {
     "surefoot.run": ("run.html.jinja", run_page),
     "surefoot.comparison": ("comparison.html.jinja", comparison_page),
+    "surefoot.measurements": ("measurements.html.jinja", measurements_page),
 }
 
 
@@ -25,8 +27,9 @@ def render(document: dict[str, Any]) -> str:
     """The HTML page of a document: self-contained, without scripts, the same bytes for the same document.
 
     Args:
-        document: parsed JSON of format `surefoot.run` or `surefoot.comparison`, version 1. Any number in it may be
-            null, and any part but `format` and `version` may be missing.
+        document: parsed JSON of format `surefoot.run`, `surefoot.comparison` or `surefoot.measurements`, version 1. Any
+            number in it may be null, and any part but `format` and `version` may be missing. A run may hold its
+            measurements, a document of their own format, under the key `measurements`.
 
     Returns:
         The whole page, in UTF-8 once encoded.

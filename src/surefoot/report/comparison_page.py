@@ -6,9 +6,10 @@ from typing import Any
 
 from surefoot.errors import InputError
 from surefoot.report import figures
+from surefoot.report.drawing import Drawing
 from surefoot.report.formats import anything, duration, is_number, mean_se, number, plural, words
 from surefoot.report.read import Table, known, listing, mapping
-from surefoot.report.run_page import Drawing, Segment, frame, segments, tables
+from surefoot.report.run_page import Segment, frame, segments, tables
 
 
 @dataclass(frozen=True)

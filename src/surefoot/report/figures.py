@@ -11,6 +11,7 @@ from surefoot.report.axes import (
     Box,
     corners,
     edge_labels,
+    log_x_axis,
     quiet,
     running_median,
     spans_a_decade,
@@ -31,6 +32,7 @@ REGIMES = ("unclipped", "clipped", "floored", "skipped")
 _CLOUD = 200
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _CURVE_POINTS = 600
+_AGES = (0.2, 0.35, 0.5, 0.7, 1.0)  # opacity of dots, from the first fifth of a run to the last
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,42 @@ def step_length(step: Array, values: Array, guides: Sequence[Guide], label: str)
     return draw("fig-step-length", label, paint, wide=260, compact=250)
 
 
+def smoothness(norm: Array, values: Array, line: tuple[float, float] | None, label: str) -> str:
+    """Smoothness against gradient norm, both on log scales, the later a step the stronger its dot.
+
+    Args:
+        norm: of the gradient, by step.
+        values: the smoothness; only pairs of positive numbers are drawn, and there is one at least.
+        line: L0 and L1 of the fitted line; None draws none.
+        label: what a screen reader says.
+    """
+    shown = (norm > 0) & (values > 0)
+    norm, values = norm[shown], values[shown]
+
+    def paint(figure: "Figure", compact: bool) -> None:
+        axes = _single(figure, compact)
+        log_x_axis(axes, norm, compact, "gradient norm")
+        ends = [] if line is None else [v for n in axes.get_xlim() if (v := line[0] + line[1] * n) > 0]
+        value_axis(axes, values, log=True, include=ends)
+        for some, alpha in zip(np.array_split(np.arange(norm.size), len(_AGES)), _AGES):
+            axes.plot(
+                norm[some],
+                values[some],
+                color=colour("series"),
+                alpha=alpha,
+                linestyle="none",
+                marker="o",
+                markersize=5.5,
+                mew=0,
+            )
+        if ends and line is not None:
+            x = np.geomspace(*axes.get_xlim(), 60)
+            axes.plot(x, line[0] + line[1] * x, color=colour("guide"), linewidth=1.4, linestyle=(0, (5, 3)))
+            edge_labels(axes, [(float(line[0] + line[1] * x[-1]), "line", "guide")])
+
+    return draw("fig-smoothness", label, paint, wide=320, compact=300)
+
+
 def arms(figure_id: str, curves: Sequence[Curve], as_percent: bool, label: str) -> str:
     """The arms' curves over one another, each within a band of one standard error either side."""
     curves = [_thinned(curve) for curve in curves]
@@ -199,6 +237,76 @@ def arms(figure_id: str, curves: Sequence[Curve], as_percent: bool, label: str) 
             )
 
     return draw(figure_id, label, paint, wide=320, compact=290)
+
+
+def spectrum(index: Array, values: Array, bound: float | None, label: str) -> str:
+    """Eigenvalues, largest first, on a log scale, with a lower bound of the smallest as a line.
+
+    Args:
+        index: 1 for the largest.
+        values: those that are not positive are not drawn.
+        bound: drawn where it is positive; None where nothing is known.
+        label: what a screen reader says.
+    """
+    shown = np.where(values > 0, values, np.nan)
+    guides = [Guide("bound", np.full(index.size, bound))] if bound is not None and bound > 0 else []
+
+    def paint(figure: "Figure", compact: bool) -> None:
+        axes = _single(figure, compact)
+        value_axis(axes, np.concatenate([shown, *(g.values for g in guides)]), log=True)
+        step_axis(axes, index, compact, "eigenvalue, largest first")
+        _plot(axes, index, shown, markers=shown.size <= 60)
+        _guides(axes, index, guides)
+
+    return draw("fig-spectrum", label, paint, wide=300, compact=270)
+
+
+def sharpness(step: Array, values: Array, along: Array, limit: Array, label: str) -> str:
+    """Sharpness at some steps as dots, and 2/h along the run as a line."""
+
+    def paint(figure: "Figure", compact: bool) -> None:
+        axes = _single(figure, compact)
+        seen = known(np.concatenate([values, limit]))
+        value_axis(axes, seen, log=spans_a_decade(seen[seen > 0]))
+        step_axis(axes, np.concatenate([step, along]), compact)
+        _plot(axes, along, limit, hue="guide", width=0.9)
+        _plot(axes, step, values, markers=True)
+        edge_labels(axes, [(float(known(limit)[-1]), "2/h", "guide")])
+
+    return draw("fig-sharpness", label, paint, wide=280, compact=260)
+
+
+def guaranteed(
+    figure_id: str,
+    step: Array,
+    curves: Sequence[tuple[str, Array, str]],
+    limit: tuple[str, Array],
+    log: bool,
+    label: str,
+) -> str:
+    """Curves below a limit that they must not cross.
+
+    Args:
+        figure_id: of the figure.
+        step: the steps shown.
+        curves: label, values and colour variable of each.
+        limit: label and values of the limit, dashed.
+        log: on a log scale where they span a decade, else from 0.
+        label: what a screen reader says.
+    """
+
+    def paint(figure: "Figure", compact: bool) -> None:
+        axes = _single(figure, compact)
+        seen = known(np.concatenate([limit[1], *(values for _, values, _ in curves)]))
+        value_axis(axes, seen if log else np.append(seen, 0.0), log=log and spans_a_decade(seen[seen > 0]))
+        step_axis(axes, step, compact)
+        axes.plot(step, limit[1], color=colour("guide"), linewidth=1.4, linestyle=(0, (5, 3)))
+        for _, values, hue in curves:
+            _plot(axes, step, values, hue=hue, markers=values.size <= 60)
+        ends = [(float(known(v)[-1]), name, hue) for name, v, hue in curves if known(v).size]
+        edge_labels(axes, [*ends, (float(known(limit[1])[-1]), limit[0], "guide")] if known(limit[1]).size else ends)
+
+    return draw(figure_id, label, paint, wide=300, compact=270)
 
 
 def _single(figure: "Figure", compact: bool, below: float = 0) -> "Axes":

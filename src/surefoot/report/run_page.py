@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from surefoot.report import figures, rules
+from surefoot.report.certified import certified
+from surefoot.report.drawing import Drawing
 from surefoot.report.figures import REGIMES
 from surefoot.report.formats import (
     MISSING,
@@ -17,6 +19,7 @@ from surefoot.report.formats import (
     quantity,
     words,
 )
+from surefoot.report.measured import measured
 from surefoot.report.read import Table, count, known, listing, mapping
 
 _VERDICTS = {
@@ -25,17 +28,6 @@ _VERDICTS = {
     "running": "is still going: these are the numbers so far.",
     "failed": "failed.",
 }
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure of the page; without `svg` its caption stands alone."""
-
-    id: str
-    title: str
-    caption: str
-    svg: str
-    legend: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,9 @@ def run_page(document: dict[str, Any]) -> dict[str, Any]:
         "reading": _reading(document, series.rows),
         "learning": _learning(document, series),
         "stepping": _stepping(series, rule),
+        "smoothness": _smoothness(mapping(document, "smoothness")),
+        "certified": certified(mapping(document, "certificate")),
+        "measured": measured(mapping(document, "measurements")),
         "definitions": rules.definitions(rule),
         "tables": tables(document, ("config", "telemetry", "data", "model", "environment")),
     }
@@ -261,6 +256,45 @@ def _length(step: figures.Array, series: Table, rule: rules.Rule) -> Drawing:
     if not figures.nothing_to_draw(values):
         svg = figures.step_length(step, values, guides, f"Step length: {figures.describe(values)}")
     return Drawing("fig-step-length", "Step length", _caption(svg, text), svg)
+
+
+def _smoothness(probed: dict[str, Any]) -> Drawing | None:
+    """What the smoothness probe saw; None where there was none."""
+    if not probed:
+        return None
+    series, fit = Table(mapping(probed, "series"), "smoothness.series"), mapping(probed, "fit")
+    norm, values = series.numbers("grad_norm"), series.numbers("smoothness")
+    constants = {name: mapping(fit, name) for name in ("L0", "L1")}
+    found = [m.get("value") for m in constants.values()]
+    line = (float(found[0]), float(found[1])) if is_number(found[0]) and is_number(found[1]) else None
+    text = (
+        "How much the gradient changed along a step, for each unit of length, against its norm: both before clipping, "
+        "on the batch of that step. The later the step, the stronger the dot."
+    )
+    if line is not None:
+        L0, L1 = (_constant(symbol, m) for symbol, m in zip(("L₀", "L₁"), constants.values()))
+        text += (
+            f" Dashed: the line L₀ + L₁‖g‖ below which {percent(fit.get('quantile'))} of them lie, once corrected for "
+            f"the length of the steps, {L0} and {L1}: estimates, no certificate. In a word, {fit.get('decision')}: "
+            f"{fit.get('advice')}."
+        )
+    elif probed.get("message"):
+        text += f" No line was fitted: {probed['message']}."
+    svg = ""
+    if ((norm > 0) & (values > 0)).any():
+        svg = figures.smoothness(norm, values, line, f"Smoothness: {figures.describe(values)}")
+    return Drawing("fig-smoothness", "Smoothness against gradient norm", _caption(svg, text), svg)
+
+
+def _constant(symbol: str, measured: dict[str, Any]) -> str:
+    """`L₀ = 0.91 (0 to 2.7)`."""
+    interval = mapping(measured, "details").get("interval")
+    ends = (
+        f" ({number(interval[0])} to {number(interval[1])})"
+        if isinstance(interval, list) and len(interval) == 2
+        else ""
+    )
+    return f"{symbol} = {number(measured.get('value'))}{ends}"
 
 
 def _caption(svg: str, text: str) -> str:

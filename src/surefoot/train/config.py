@@ -111,6 +111,12 @@ class TrainConfig:
     """Steps between evaluations (an epoch, and at most a hundred evaluations)."""
     checkpoint_seconds: float = 30.0
     """Seconds between checkpoints."""
+    probe_smoothness: int | None = None
+    """Measure the smoothness along every EVERY-th step: seven extra gradients each, and the same weights."""
+    until_certified: bool = False
+    """Try for a certificate along the way, and stop once there is one; exit code 1 if there is none at the end."""
+    check_certificate: bool = False
+    """After the certificate take the steps it covers to the end, and stop with exit code 1 should one contradict it."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps ..."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -151,12 +157,17 @@ class TrainConfig:
             raise InputError(f"--epochs {self.epochs:g} and --steps {self.steps} contradict each other; give one")
         if self.epochs is None and self.steps is None:
             filled["epochs"] = 10.0
-        for name in ("steps", "batch_size", "micro_batch", "eval_every", "threads"):
+        for name in ("steps", "batch_size", "micro_batch", "eval_every", "probe_smoothness", "threads"):
             value = getattr(self, name)
             if value is not None and value != "full" and value < 1:
                 raise InputError(f"{flag(name)} {value} is too small; give at least 1")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise InputError(f"--epochs {self.epochs:g} is not a positive number; give for example --epochs 3")
+        if self.probe_smoothness is not None and self.parallel == "fsdp":
+            raise InputError(
+                f"--probe-smoothness {self.probe_smoothness} needs whole parameters, and --parallel fsdp cuts them up; "
+                "use --parallel ddp"
+            )
         if self.warmup < 0:
             raise InputError(f"--warmup {self.warmup} is negative; give a number of steps, 0 for none")
         if not self.checkpoint_seconds > 0:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.errors import InputError
+from surefoot.measure.smoothness_fit import POINTS, fit_smoothness
 from surefoot.optim.telemetry import REGIMES
 from surefoot.train.files import write_json
-from surefoot.train.record import STEP_COLUMNS, Table, json_number, thinned
+from surefoot.train.probing import observations
+from surefoot.train.record import CERTIFIED_COLUMNS, SMOOTHNESS_COLUMNS, STEP_COLUMNS, Table, json_number, thinned
 
 FORMAT, VERSION = "surefoot.run", 1
+CERTIFIED = "certificate.json"
 
 
 def read_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
@@ -33,9 +36,11 @@ def read_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
     return document
 
 
-def update_run(folder: Path, head: dict[str, Any], metrics: Table, evals: Table) -> dict[str, Any]:
+def update_run(
+    folder: Path, head: dict[str, Any], metrics: Table, evals: Table, smoothness: Table | None = None
+) -> dict[str, Any]:
     """Write run.json from its head (what does not follow from the rows) and the rows of a run; return it."""
-    document = {**head, **_from_rows(head, metrics.columns, evals.columns)}
+    document = {**head, **_from_rows(head, metrics.columns, evals.columns), **_smoothness(head, smoothness)}
     write_json(folder / "run.json", document)
     return document
 
@@ -48,9 +53,55 @@ def rebuild_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
     if (folder / "metrics.parquet").is_file():
         metrics.load(folder / "metrics.parquet", through=2**62)
         evals.load(folder / "evals.parquet", through=2**62)
+    smoothness = None
+    if (folder / "smoothness.parquet").is_file():
+        smoothness = Table(SMOOTHNESS_COLUMNS)
+        smoothness.load(folder / "smoothness.parquet", through=2**62)
     if head["status"] == "running":
         head["message"] = "not finished: still running, or killed"
-    return {**head, **_from_rows(head, metrics.columns, evals.columns)}
+    return {**head, **_from_rows(head, metrics.columns, evals.columns), **_smoothness(head, smoothness)}
+
+
+def _smoothness(head: dict[str, Any], table: Table | None) -> dict[str, Any]:
+    """Return what the probes saw and the line fitted to it, under the key "smoothness"; nothing without a table."""
+    if table is None:
+        return {}
+    config = head["config"]
+    found = observations(table)
+    probed: dict[str, Any] = {"every": config["probe_smoothness"], "points": list(POINTS), "fit": None, "message": ""}
+    cost = f"{len(POINTS) + 1} extra gradients every {config['probe_smoothness']} steps"
+    dtype = "bfloat16" if config["autocast"] == "bf16" else config["dtype"]
+    try:
+        probed["fit"] = fit_smoothness(found, seed=config["seed"], dtype=dtype, cost=cost).to_json()
+    except InputError as error:
+        probed["message"] = str(error)
+    shown = {name: values for name, values in table.columns.items() if name != "ratios"}
+    return {"smoothness": {**probed, "series": thinned(shown)}}
+
+
+def with_additions(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a run's document with what `surefoot measure` and `surefoot certify` have left in its folder."""
+    additions: dict[str, Any] = {}
+    for key, name, again in (("measurements", "measurements.json", "measure"), ("certificate", CERTIFIED, "certify")):
+        path = folder / name
+        if path.is_file():
+            try:
+                additions[key] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{path} cannot be read as JSON ({error}); delete it, or {again} again") from error
+    if "certificate" in additions and (folder / "certified.parquet").is_file():
+        table = Table(CERTIFIED_COLUMNS)
+        table.load(folder / "certified.parquet", through=2**62)
+        additions["certificate"]["series"] = _some(table)
+    return {**document, **additions}
+
+
+def _some(table: Table, most: int = 2000) -> dict[str, Any]:
+    """Return at most so many rows of a table, evenly, the first and the last among them."""
+    last = len(table) - 1
+    stride = max(1, -(-last // (most - 1)))
+    picked = [*range(0, last, stride), last] if last >= 0 else []
+    return {name: [json_number(values[i]) for i in picked] for name, values in table.columns.items()}
 
 
 def _from_rows(head: dict[str, Any], steps: dict[str, list[Any]], evals: dict[str, list[Any]]) -> dict[str, Any]:

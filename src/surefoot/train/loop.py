@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from surefoot.errors import InputError
 from surefoot.optim.telemetry import REGIMES
 from surefoot.train.batches import batch_rows
+from surefoot.train.certified_steps import Violation
 from surefoot.train.checkpoint import checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
 from surefoot.train.config import TrainConfig, read_config
 from surefoot.train.distributed import joined, shares, without_sync
@@ -24,9 +25,11 @@ from surefoot.train.document import FORMAT, VERSION, read_run, update_run
 from surefoot.train.environment import environment
 from surefoot.train.files import write_json
 from surefoot.train.job import Job, prepare, repeatable
+from surefoot.train.probing import Probing
 from surefoot.train.progress import Progress
 from surefoot.train.record import STEP_COLUMNS, Table
 from surefoot.train.schedule import lr_factor
+from surefoot.train.until_certified import UntilCertified, checked
 
 
 class Diverged(Exception):
@@ -38,7 +41,7 @@ def train(config: TrainConfig, out: Path, *, quiet: bool = False) -> dict[str, A
 
     Everything is checked before the folder is made. Under torchrun every process calls this, and rank 0 writes. The
     document's `status` is "finished", "interrupted" (Ctrl-C: the step was finished and a checkpoint written) or
-    "diverged" (`message` says at which step, and what to lower).
+    "diverged" (`message` says at which step, and what to lower); "failed" if a step contradicts the run's certificate.
 
     Args:
         config: the options; defaults are filled in.
@@ -51,7 +54,7 @@ def train(config: TrainConfig, out: Path, *, quiet: bool = False) -> dict[str, A
     """
     with joined(config.parallel, config.device) as team:
         team.on_main(lambda: check_out(out))
-        job = team.agree(lambda: prepare(config))
+        job = team.agree(lambda: checked(prepare(config)))
 
         def begin() -> None:
             out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = Fal
         return document
     with joined(stored.parallel, stored.device) as team:
         team.on_main(lambda: remove_leftovers(folder))
-        job = team.agree(lambda: prepare(stored))
+        job = team.agree(lambda: checked(prepare(stored)))
 
         def begin() -> None:
             if document is not None and document["data"]["fingerprint"] != job.data_summary()["fingerprint"]:
@@ -125,6 +128,8 @@ class _Run:
         self.seconds, self.rows = 0.0, 0
         self.metrics = Table(STEP_COLUMNS)
         self.evals = Table(tuple(dict.fromkeys(["step", "epoch", "train_loss", "test_loss", self.metric.column])))
+        self.probing = Probing(job) if job.config.probe_smoothness is not None else None
+        self.certifying = UntilCertified(job, folder, quiet=self.quiet) if job.config.until_certified else None
         self.status, self.message = "running", ""
         self.counts: Counter[str] = Counter()
         self.environment = {**environment(job.device), "processes": job.team.size}
@@ -133,6 +138,10 @@ class _Run:
     @property
     def metric(self) -> Any:
         return self.job.objective.metric
+
+    @property
+    def certified(self) -> bool:
+        return self.certifying is not None and self.certifying.done
 
     def go(self) -> dict[str, Any]:
         job = self.job
@@ -153,14 +162,16 @@ class _Run:
             events,
         ):
             try:
-                while self.step < job.steps and not stop:
+                while self.step < job.steps and not stop and not self.certified:
                     row, rows = self._take_step()
                     self.seconds = before + time.monotonic() - began
                     self.rows += rows
                     events.step(row)
                     counts = {name: self.counts[name] for name in REGIMES}
                     progress.update(self.step, rows, row["loss"], row["grad_norm"], counts)
-                    if self.step % job.eval_every == 0 or self.step == job.steps:
+                    if self.certifying is not None:
+                        self.certifying.after_step(self.step, row)
+                    if self.step % job.eval_every == 0 or self.step == job.steps or self.certified:
                         events.evaluation(self._evaluate())
                     due = self.team.main and time.monotonic() - saved >= job.config.checkpoint_seconds
                     stop, save = self.team.sum([len(interrupted), due])  # what one knows, all know
@@ -170,9 +181,12 @@ class _Run:
             except Diverged as error:
                 self.status, self.message = "diverged", str(error)
                 self._write_rows()
+            except Violation as error:
+                self.status, self.message = "failed", str(error)
+                self._write_rows()
             else:
                 self._save()
-                if self.step < job.steps:
+                if self.step < job.steps and not self.certified:
                     self.status = "interrupted"
                     self.message = f"stopped after step {self.step} of {job.steps}; go on with --resume {self.folder}"
                 else:
@@ -203,8 +217,10 @@ class _Run:
             raise Diverged(self._divergence("loss", loss))
         assert config.lr is not None
         lr = config.lr * lr_factor(config.lr_schedule, self.step, job.steps, config.warmup)
+        lr = lr if self.certifying is None else self.certifying.lr(lr)
         try:
-            did = job.stepper.step(lr)
+            with self.probing.around(self.step + 1, x, y) if self.probing is not None else nullcontext():
+                did = job.stepper.step(lr)
         except FloatingPointError as error:
             raise Diverged(self._divergence("gradient", math.nan) + f" ({error})") from error
         self.step += 1
@@ -261,6 +277,10 @@ class _Run:
         def write() -> None:
             self.metrics.write(self.folder / "metrics.parquet")
             self.evals.write(self.folder / "evals.parquet")
+            if self.probing is not None:
+                self.probing.table.write(self.folder / "smoothness.parquet")
+            if self.certifying is not None:
+                self.certifying.write()
 
         self.team.on_main(write)
 
@@ -272,6 +292,10 @@ class _Run:
         self.seconds, self.rows = progress["seconds"], progress["rows"]
         self.metrics.load(self.folder / "metrics.parquet", through=self.step)
         self.evals.load(self.folder / "evals.parquet", through=self.step)
+        if self.probing is not None:
+            self.probing.table.load(self.folder / "smoothness.parquet", through=self.step)
+        if self.certifying is not None:
+            self.certifying.restore(self.step)
 
     def _write_document(self) -> dict[str, Any]:
         job, metric = self.job, self.metric
@@ -290,7 +314,8 @@ class _Run:
             "seconds": self.seconds,
             "rows": self.rows,
         }
-        return self.team.on_main(lambda: update_run(self.folder, head, self.metrics, self.evals))
+        smoothness = self.probing.table if self.probing is not None else None
+        return self.team.on_main(lambda: update_run(self.folder, head, self.metrics, self.evals, smoothness))
 
 
 class _Events:

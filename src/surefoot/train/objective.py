@@ -59,9 +59,12 @@ class Objective:
         if self.loss == "elbo":
             return elbo_loss(out, x)
         if self.loss == "mse":
-            wanted = y if self.task == "regression" else F.one_hot(y, self.outputs).to(out.dtype)
-            return F.mse_loss(out, wanted)
+            return F.mse_loss(out, self.wanted(y, out.dtype))
         return F.cross_entropy(out.reshape(-1, self.outputs), y.reshape(-1))
+
+    def wanted(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what mse compares the outputs with, one-hot rows of `dtype` for classes: (n, outputs)."""
+        return y if self.task == "regression" else F.one_hot(y, self.outputs).to(dtype)
 
     @torch.no_grad()
     def evaluate(

@@ -22,6 +22,18 @@ STEP_COLUMNS = (
     "regime",
     "step_length",
 )
+SMOOTHNESS_COLUMNS = (
+    "step",
+    "loss",
+    "grad_norm",
+    "step_length",
+    "smoothness",
+    "noise",
+    "rounding",
+    "outcome",
+    "ratios",
+)
+CERTIFIED_COLUMNS = ("step", "residual", "envelope", "distance", "path", "step_size")
 
 
 class Table:
@@ -69,7 +81,8 @@ class Table:
 def _arrow_type(name: str) -> Any:
     import pyarrow as pa
 
-    return {"step": pa.int64(), "regime": pa.string()}.get(name, pa.float64())
+    special = {"step": pa.int64(), "regime": pa.string(), "outcome": pa.string(), "ratios": pa.list_(pa.float64())}
+    return special.get(name, pa.float64())
 
 
 def thinned(columns: dict[str, list[Any]], most: int = 2000) -> dict[str, Any]:
