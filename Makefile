@@ -17,8 +17,9 @@ demo: $(VENV)/.installed
 	$(BIN)/surefoot verify runs/demo/certificate
 	@echo "the report: $(CURDIR)/runs/demo/report.html"
 
+# Two processes of one thread each: a file's tests stay in one of them.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-integrations: $(VENV)/.installed-integrations
 	$(BIN)/python -m pytest tests/integrations

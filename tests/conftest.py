@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.pop("COLUMNS", None)  # the width of the terminal that pytest runs in, which parallel workers inherit
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave the longer campaigns to make nightly."""
