@@ -18,6 +18,7 @@ from fractions import Fraction
 
 from surefoot.errors import InputError
 from surefoot.measure.measurement import Measurement
+from surefoot.theorems.outward import above, below
 from surefoot.theorems.verdict import Finding, Outcome, Verdict, bounded, conclude
 
 SOURCE = "surefoot, Prop. 17"
@@ -46,7 +47,7 @@ class PathLengthNumbers:
         if not 0 <= step <= self.eta_max:
             raise InputError(f"step={step!r} is not between 0 and eta_max={self.eta_max!r}")
         factor = 1 - (1 - Fraction(self.epsilon)) * Fraction(step) * Fraction(self.sigma_star) ** 2
-        return _above(factor)
+        return above(factor)
 
 
 def best_epsilon(q: float) -> float:
@@ -79,14 +80,14 @@ def path_length(
         return None
     x = 2 * q / (1 - eps_)
     # (1 - sqrt(1 - x))/x without cancellation
-    S = _next(rho / ((1 - eps) * s0) * Fraction(2 / (1 + math.sqrt(max(0.0, 1 - x)))))
+    S = math.nextafter(above(rho / ((1 - eps) * s0) * Fraction(2 / (1 + math.sqrt(max(0.0, 1 - x))))), math.inf)
     for _ in range(200):
         if b * Fraction(S) < s0 and (1 - eps) * (s0 * Fraction(S) - b * Fraction(S) ** 2 / 2) >= rho:
             break
         S *= 1 + 2.0**-44
     else:
         return None
-    a, eta = _below(s0 - b * Fraction(S)), _below(2 * eps / (L**2 + b * rho))
+    a, eta = below(s0 - b * Fraction(S)), below(2 * eps / (L**2 + b * rho))
     return PathLengthNumbers(q, eps_, S, a, eta) if a > 0 and eta > 0 else None
 
 
@@ -207,21 +208,4 @@ def _number(beta: float, rho: float, s0: float) -> float:
     """Return beta rho/s0^2 without over- or underflow on the way; infinite where nothing is known."""
     if not s0 > 0 or not math.isfinite(beta + rho):
         return math.inf
-    return _above(Fraction(beta) * Fraction(rho) / Fraction(s0) ** 2)
-
-
-def _above(x: Fraction) -> float:
-    try:
-        f = float(x)
-    except OverflowError:
-        return math.inf
-    return f if Fraction(f) >= x else math.nextafter(f, math.inf)
-
-
-def _below(x: Fraction) -> float:
-    f = float(x)
-    return f if Fraction(f) <= x else math.nextafter(f, -math.inf)
-
-
-def _next(x: Fraction) -> float:
-    return math.nextafter(_above(x), math.inf)
+    return above(Fraction(beta) * Fraction(rho) / Fraction(s0) ** 2)
