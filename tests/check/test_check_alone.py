@@ -27,23 +27,10 @@ def test_it_imports_nothing_else() -> None:
 
 
 def test_it_stays_short_enough_to_be_read() -> None:
-    """At most 800 lines of code; the audit, which nobody needs to believe, not counted."""
-    code = 0
-    for path in (ROOT / "src/surefoot/check").glob("*.py"):
-        if path.name == "audit.py":
-            continue
-        tree = ast.parse(path.read_text())
-        spoken: set[int] = set()  # lines of docstrings
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Expr)
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, str)
-            ):
-                spoken |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        lines = enumerate(path.read_text().splitlines(), 1)
-        code += sum(bool(x.strip()) and not x.strip().startswith("#") and i not in spoken for i, x in lines)
-    assert 300 < code <= 800
+    """In lines as an editor counts them; the audit, which nobody needs to believe, not counted."""
+    files = [path for path in (ROOT / "src/surefoot/check").glob("*.py") if path.name != "audit.py"]
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert 500 < lines <= 800
 
 
 def test_it_runs_without_torch(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from check_cases import Case, case
+from safetensors.numpy import load
 
 from surefoot.check import verify
 from surefoot.check.__main__ import main
@@ -246,6 +247,16 @@ def test_huge_but_allowed_numbers_do_not_crash_it(tmp_path: Path) -> None:
                 assert not result or tensor == "targets", (name, tensor, value, str(result))
 
 
+def test_a_bias_without_dimensions_is_refused(tmp_path: Path) -> None:
+    """It would broadcast: the operation must see that there is one number for each value."""
+    for name, tensor in (("tanh", "0.b"), ("cnn", "0.b"), ("cnn", "1.b"), ("cnn", "1.m"), ("tanh", "2.w")):
+        c = case(name)
+        c.tensors[tensor] = np.array(0.25)
+        folder = c.write(tmp_path)
+        assert load((folder / "tensors.safetensors").read_bytes())[tensor].shape == ()
+        refused(folder, "do not take")
+
+
 CONV: dict[str, dict[str, Any]] = {
     "padding": {"padding": [4096, 4096]},
     "padding beyond": {"padding": [2**39, 0]},
@@ -379,8 +390,15 @@ def test_exit_codes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(folder)]) == 0
     assert main([str(folder), "--audit"]) == 0
     assert "ball arithmetic" in capsys.readouterr().out
-    assert main([str(tmp_path / "nothing")]) == 2
-    assert "give the folder of a certificate" in capsys.readouterr().err
+    for nothing, why in ((tmp_path / "nothing", "is no folder"), (tmp_path, "holds neither certificate.json nor")):
+        assert main([str(nothing)]) == 2
+        said = capsys.readouterr().err
+        assert why in said
+        assert "give the folder of a certificate" in said
+    (folder / "certificate.json").rename(tmp_path / "aside")  # half a certificate is a damaged one
+    assert main([str(folder)]) == 1
+    assert "certificate.json cannot be read" in capsys.readouterr().out
+    (tmp_path / "aside").rename(folder / "certificate.json")
     monkeypatch.setattr("surefoot.check.__main__.find_spec", lambda name: None)
     assert main([str(folder), "--audit"]) == 2
     assert "surefoot[audit]" in capsys.readouterr().err
@@ -401,7 +419,12 @@ def test_the_audit_would_notice(folder: Path) -> None:
 
     for claim in ("residual", "q", "jacobian_norm", "beta"):
         c = case("tanh")
-        c.claims[claim] *= 1 - 1e-6 if claim in ("residual", "q") else 1 + 1e-6
+        c.claims[claim] *= 1 - 1e-6 if claim != "jacobian_norm" else 0.5  # s_max(J) itself is what the audit bounds
+        lines, _ = audit_claims(read(c.write(folder)))
+        assert claim in [x.claim for x in lines if not x.holds]
+    for claim in ("jacobian_norm", "beta"):
+        c = case("tanh")
+        c.claims[claim] *= 1 + 1e-6  # what follows from it no longer does
         lines, _ = audit_claims(read(c.write(folder)))
         assert not all(x.holds for x in lines)
     for claim in ("sigma_min", "radius", "sigma_star", "eta_max"):

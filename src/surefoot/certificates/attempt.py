@@ -62,9 +62,8 @@ class Attempt:
         Raises:
             InputError: it is no number.
         """
-        r = bounded.outputs - self.Y
-        rounding = 2.0**-52 * float((bounded.outputs.abs() + self.Y.abs()).norm())
-        rho = (float(r.norm()) + float(bounded.error.norm()) + rounding) * SLACK + 1e-90
+        # a difference is rounded once: SLACK covers that
+        rho = (float((bounded.outputs - self.Y).norm()) + float(bounded.error.norm())) * SLACK + 1e-90
         if not math.isfinite(rho):
             raise InputError(f"the residual is {rho}: the network's outputs must be finite numbers")
         return rho
@@ -193,8 +192,8 @@ class Attempt:
         )
         if moved is not None:
             statement += (
-                f" The weights were polished: {len(moved.residuals) - 1} Gauss-Newton steps moved them "
-                f"by {moved.distance:.4g} and took the residual from {moved.residuals[0]:.4g} to "
+                f" The weights were polished by {len(moved.residuals) - 1} Gauss-Newton steps: they moved by "
+                f"{moved.distance:.4g}, and the residual fell from {moved.residuals[0]:.4g} to "
                 f"{moved.residuals[-1]:.4g}."
             )
         return Certificate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -77,15 +78,31 @@ def certify(
     attempt = Attempt(read, module, parameters, X, Y, epsilon, max_memory)
     moved: Polished | None = None
     if polish:
-        held = hold_output_bias(read, parameters, Y)
-        moved = polish_module(
-            module, X, Y, progress=tell, max_memory=max_memory, done=attempt.likely, tolerance=attempt.floor()
-        )
-        for p in held:
-            p.requires_grad_(True)
+        moved = _polish(attempt, tell)
     verdict = attempt.verdict(source, moved)
     tell(str(verdict).splitlines()[0])
     return verdict
+
+
+def _polish(attempt: Attempt, tell: Callable[[str], None]) -> Polished:
+    """Polish an attempt's module; count what that did from the weights as they came."""
+    module, X, Y = attempt.module, attempt.X, attempt.Y
+    start = [p.detach().clone() for p in module.parameters()]
+    with torch.no_grad():
+        before = float((module(X) - Y).norm())
+    held = hold_output_bias(attempt.read, attempt.parameters, Y)
+    with torch.no_grad():
+        centred = float((module(X) - Y).norm())
+    if centred != before:
+        tell(f"polish: output bias taken to mean 0, residual {before:.3g} -> {centred:.3g}")
+    moved = polish_module(
+        module, X, Y, progress=tell, max_memory=attempt.max_memory, done=attempt.likely, tolerance=attempt.floor()
+    )
+    for p in held:
+        p.requires_grad_(True)
+    moved.residuals[0] = before
+    moved.distance = math.hypot(*(float((p.detach() - s).norm()) for p, s in zip(module.parameters(), start)))
+    return moved
 
 
 def hold_output_bias(read: Layers, parameters: dict[str, nn.Parameter], Y: Tensor) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surefoot.certificates.certificate import Certificate
 from surefoot.certificates.data import check_targets
 from surefoot.errors import InputError
+from surefoot.measure.contraction import mirror
 from surefoot.measure.duplicates import equal_rows
 from surefoot.measure.eigen import lambda_min
 from surefoot.measure.inputs import count, take
@@ -96,9 +97,8 @@ def certify_last_layer(
     if (finding := _refute(H)) is not None:
         return Verdict(THEOREM, Outcome.REFUTED, findings=(finding,), source=SOURCE)
     N, m = H.shape
-    Phi = torch.cat([H, H.new_ones(N, 1)], 1)
-    K = Phi @ Phi.T
-    K = K.triu().add_(K.triu(1).mT)
+    K = (H @ H.T).add_(1.0)  # Phi Phi^T: the column of ones comes last in every sum of products
+    mirror(K)
     trace = float(K.diagonal().sum())
     widest = max(float(K[i : i + TILE].abs().sum(1).max()) for i in range(0, N, TILE))
     rounding = U * (20_000 + 2 * N + 4 * m) * trace
