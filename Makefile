@@ -1,4 +1,4 @@
-# make demo | test | test-integrations | lint | nightly.
+# make demo | test | test-integrations | lint | docs | nightly.
 # TORCH_INDEX chooses another build of torch, e.g. .../whl/cu130 or .../whl/cpu.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-integrations lint nightly clean
+.PHONY: demo test test-integrations lint docs nightly clean
 
 # Train, prove that an exact global minimum lies next to the weights, have an independent program check the proof.
 demo: $(VENV)/.installed
@@ -29,6 +29,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The site, into build/site; a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: $(CURDIR)/build/site/index.html"
+
 nightly: $(VENV)/.installed-dev
 	SUREFOOT_NIGHTLY=1 $(BIN)/python -m pytest -m nightly
 
@@ -50,4 +55,8 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 
 $(VENV)/.installed-integrations: pyproject.toml constraints.txt | $(VENV)/.installed-dev
 	$(PIP) -e '.[integrations]'
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(PIP) -e '.[docs]'
 	touch $@

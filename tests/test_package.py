@@ -24,7 +24,20 @@ MAY_IMPORT = {
     "train": {"optim", "measure", "theorems", "certificates", "data", "models"},
     "tune": {"optim", "measure", "theorems", "certificates", "data", "models", "train"},
     "testing": {"optim", "measure", "theorems", "certificates"},
-    "cli": {"optim", "measure", "theorems", "certificates", "check", "data", "models", "report", "train", "tune"},
+    "reproduce": {"optim", "measure", "theorems", "certificates", "data", "models", "train", "tune"},
+    "cli": {
+        "optim",
+        "measure",
+        "theorems",
+        "certificates",
+        "check",
+        "data",
+        "models",
+        "report",
+        "train",
+        "tune",
+        "reproduce",
+    },
     "integrations": {"optim", "measure", "theorems", "certificates", "train"},
 }
 # Packages that the library part may load: base dependencies and the standard library, nothing else.

@@ -21,7 +21,7 @@ _HOME = {
     "certify": "surefoot.certificates",
     "clip_grad_": "surefoot.optim",
 }
-_PACKAGES = ("certificates", "check", "measure", "optim", "testing", "theorems")
+_PACKAGES = ("certificates", "check", "measure", "optim", "testing", "theorems", "tune")
 
 __all__ = [
     "DeltaGClip",

@@ -34,6 +34,15 @@ class Bomb(nn.Module):
 def bomb():
     return Bomb()
 """
+TRAINED = """
+import torch
+from torch import nn
+
+def trained(input_shape=(), outputs=10):
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 10))
+"""
 SMALL = ("--limit", "12", "--width", "48", "--depth", "1", "--activation", "tanh", "--loss", "mse", "--epochs", "40")
 
 
@@ -102,6 +111,10 @@ def test_a_run_is_proved(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert document["lr_max"] == Certificate.load(run / "certificate").units["lr_max"]
     before_, after = document["polishing"]["residual"]
     assert after < 1e-3 < before_
+    # The statement and the sentence after it count from the same weights.
+    assert f"the residual fell from {before_:.4g} to " in document["statement"]
+    assert f"they moved by {document['polishing']['distance']:.4g}," in document["statement"]
+    assert f"output bias taken to mean 0, residual {before_:.3g} -> " in printed
     page = (run / "report.html").read_text(encoding="utf-8")
     assert 'id="certificate"' in page
     assert "PROVED" in page
@@ -201,6 +214,88 @@ def test_the_last_layer_under_mse(run: Path) -> None:
     assert verify(run / "certificate")
 
 
+def trained_factory(folder: Path) -> str:
+    (folder / "mine.py").write_text(TRAINED)
+    return f"{folder / 'mine.py'}:trained"
+
+
+def test_a_model_and_data_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = (
+        "--model",
+        trained_factory(tmp_path),
+        "--limit",
+        "8",
+        "--loss",
+        "mse",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    )
+    assert main(["certify", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "as the model came, then polished" in printed
+    assert "this run used" not in printed
+    assert printed.strip().endswith(f"report: {out / 'report.html'}")
+    assert {p.name for p in out.iterdir()} == {"certificate", "certificate.json", "report.html"}
+    assert verify(out / "certificate")
+    document = said(out)
+    assert document["step"] is None
+    assert document["title"] == "mine.py:trained on digits"
+    assert (
+        Certificate.load(out / "certificate")
+        .data["source"]
+        .endswith("at the initial weights of mine.py:trained on digits")
+    )
+    # The factory's own weights are where polishing began.
+    tensors = Certificate.load(out / "certificate").tensors
+    moved = sum(float((tensors[name] - p).square().sum()) for name, p in trained_weights().items()) ** 0.5
+    assert document["polishing"]["distance"] == pytest.approx(moved, rel=1e-6)
+    assert "Certificate" in (out / "report.html").read_text(encoding="utf-8")
+    assert main(["certify", *options]) == 2
+    assert f"--out {out} is not empty" in capsys.readouterr().err
+
+
+def trained_weights() -> dict[str, torch.Tensor]:
+    space: dict = {}
+    exec(TRAINED, space)
+    return {name: p.detach().double() for name, p in space["trained"]().named_parameters()}
+
+
+def test_without_a_run_and_without_a_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = ("--model", "mlp", "--width", "64", "--activation", "tanh", "--limit", "8", "--loss", "mse")
+    assert main(["certify", *options, "--no-polish", "--threads", "1", "--out", str(out)]) == 1
+    assert "NOT PROVED" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"certificate.json", "report.html"}
+    assert "NOT PROVED" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], ["nothing to certify", "--model and --data"]),
+        (["somewhere", "--model", "mlp"], ["RUN somewhere says what to certify", "leave out --model"]),
+        (["--model", "mlp", "--limit", "8"], ["--model mlp", "--loss cross-entropy", "--loss mse", "--layers last"]),
+        (["--model", "mlp", "--limit", "8", "--loss", "mse", "--samples", "9"], ["--samples 9", "8"]),
+    ],
+)
+def test_nonsense_without_a_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["certify", *options]) == 2
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error, error
+    assert list(tmp_path.iterdir()) == []
+
+
 def nothing(run: Path) -> None:
     shutil.rmtree(run)
 
@@ -245,7 +340,7 @@ def test_nonsense_is_named_and_writes_nothing(
 @pytest.mark.parametrize(
     ("options", "code", "parts"),
     [
-        (("--model", "{mine}:normed", "--loss", "mse"), 0, ["LayerNorm", "surefoot certify RUN --layers last"]),
+        (("--model", "{mine}:normed", "--loss", "mse"), 0, ["LayerNorm", "--layers last of surefoot certify"]),
         (("--model", "{mine}:bomb", "--loss", "mse"), 2, ["diverged", "loss became nan"]),
         (("--model", "vae"), 0, ["no certificate for autoencoding"]),
     ],

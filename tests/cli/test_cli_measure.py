@@ -124,7 +124,7 @@ def test_a_model_and_data_without_a_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert "dropout is off" in printed
     assert "report:" not in printed
     assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
-    assert main(["measure", *options, "--expressivity", "--out", str(tmp_path / "out")]) == 0
+    assert main(["measure", *options, "--expressivity", "--out", str(tmp_path / "out")]) == 1  # 12 units for 50 rows
     document = measured(tmp_path / "out")
     assert {m["name"] for m in document["measurements"]} <= {
         "rank(Phi)",
@@ -136,7 +136,7 @@ def test_a_model_and_data_without_a_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_the_budget_does_not_allow_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # finding out what things cost takes longer than this on any machine, so nothing is left for what depends on the time
+    # finding out what things cost takes longer than this on any machine, so nothing is left for what takes time
     assert main(["measure", str(run), "--budget", "0.001s"]) == 0
     printed = capsys.readouterr().out
     assert "left out: tangent Gram: more than the budget allows (needs about --budget " in printed
@@ -226,3 +226,32 @@ def test_options_and_names_are_explained() -> None:
     assert options <= words
     assert {word for word in words if word.startswith("--")} - options == {"--budget 60s", "--probe-smoothness"}
     assert set(NAMES) <= words
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "parts"),
+    [
+        (["--width", "64", "--activation", "tanh"], 0, ["PROVED: the last layer (3) alone", "the 50 training rows"]),
+        (["--width", "20"], 1, ["REFUTED", "21 columns cannot have rank 50", "49 units is the least", "--widen 49"]),
+        (["--width", "20", "--samples", "10"], 0, ["PROVED", "on the 10 of the 50 training rows"]),
+    ],
+)
+def test_expressivity_answers_the_question(
+    capsys: pytest.CaptureFixture[str], options: list[str], code: int, parts: list[str]
+) -> None:
+    subject = ["--model", "mlp", "--data", "digits", "--limit", "50", "--threads", "1"]
+    assert main(["measure", *subject, *options, "--expressivity"]) == code
+    answer = capsys.readouterr().out.splitlines()[-1]
+    for part in parts:
+        assert part in answer
+
+
+def test_expressivity_names_equal_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{i},{i * i % 7},{i % 5}.5" for i in range(12)] + ["3,2,1.5", "3,2,1.5"]
+    (tmp_path / "t.csv").write_text("a,b,y\n" + "\n".join(rows) + "\n")
+    options = ["--data", str(tmp_path / "t.csv"), "--target", "y", "--width", "64", "--test-fraction", "0.1"]
+    assert main(["measure", *options, "--expressivity", "--threads", "1"]) == 1
+    answer = capsys.readouterr().out.splitlines()[-1]
+    assert answer.startswith("REFUTED")
+    assert "rows with equal features" in answer
+    assert " = " in answer

@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from surefoot import DeltaGClip, NormalizedGD, clip_grad_
+from surefoot.tune import Online
 
 CASES: dict[str, tuple[tuple[int, ...], Callable[[], None]]] = {}
 STEPS = 10
@@ -431,6 +432,34 @@ def normalized_gd_too() -> None:
             optimizer.step()
         for p, w in zip(model.parameters(), single.parameters()):
             torch.testing.assert_close(whole(p), w.detach(), rtol=1e-12, atol=1e-12)
+
+
+@case(2)
+def a_measured_threshold_is_the_same_on_every_rank() -> None:
+    """γ = "measured" with its probe, under DDP: as one process on the whole batch, and equal bits on all ranks."""
+
+    def train(model: nn.Module, forward: nn.Module, share: int, place: int, **options: Any) -> tuple[Any, float, float]:
+        optimizer = DeltaGClip(model.parameters(), lr=0.4, gamma="measured", delta=0.1, momentum=0.5)
+        online = Online(model, optimizer, every=4, **options)
+        for step in range(STEPS):
+            x, y = (t.chunk(share)[place] for t in batch(step))
+            optimizer.zero_grad()
+            (forward(x) - y).square().mean().backward()
+            online.step(lambda x=x, y=y: (((model(x) - y).square().mean(), len(x)),))
+        return list(model.parameters()), optimizer.param_groups[0]["gamma"].gamma, online.reach
+
+    single = net()
+    expected = train(single, single, 1, 0)
+    assert expected[2] < 1  # the probe has its say
+    model = net()
+    spread = DistributedDataParallel(model, find_unused_parameters=True)
+    found = train(model, spread, **mine(), all_reduce=dist.all_reduce)
+    for p, w in zip(found[0], expected[0]):
+        torch.testing.assert_close(p, w, rtol=1e-9, atol=1e-12)
+    assert math.isclose(found[1], expected[1], rel_tol=1e-9), (found, expected)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found[1:])
+    assert len(set(everyone)) == 1, everyone
 
 
 @contextmanager

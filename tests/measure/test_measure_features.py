@@ -1,6 +1,8 @@
 import json
 import math
+import shutil
 import sys
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.measure import features as module
+from surefoot.measure import mapped
+from surefoot.measure.eigen import lambda_max, lambda_min
 from surefoot.measure.features import FeatureRank, feature_rank
 from surefoot.measure.measurement import Measurement
 
@@ -208,8 +212,119 @@ def test_bad_features_are_refused(H, message: str) -> None:
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surefoot.measure.memory.available", lambda: 1000)
-    with pytest.raises(InputError, match=r"features of shape \(10, 30\).*Gram of size 10.*GB are available"):
+    with pytest.raises(InputError, match=r"features of shape \(10, 30\): the panels of a Gram in files.*are available"):
         feature_rank(random(10, 30, 0))
+    with pytest.raises(InputError, match=r"features of shape \(30, 10\).*Gram of size 11.*GB are available"):
+        feature_rank(random(30, 10, 0))
+
+
+def test_what_fits_neither_memory_nor_disk_is_refused_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=400)
+    monkeypatch.setattr("surefoot.measure.mapped.shutil.disk_usage", lambda folder: free)
+    said = r"Gram of size 10 and its factor needs 1.6e-06 GB of disk in .* 4e-07 GB are free.*about 50% of them fit"
+    with pytest.raises(InputError, match=said):
+        feature_rank(random(10, 30, 0), max_memory=1, folder=tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="is no folder"):
+        feature_rank(random(10, 30, 0), max_memory=1, folder=tmp_path / "none")
+    with pytest.raises(InputError, match=r"max_memory=1; allow as much"):
+        feature_rank(random(30, 10, 0), max_memory=1)
+    with pytest.raises(InputError, match="max_memory=0 must be"):
+        feature_rank(random(10, 30, 0), max_memory=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- in files
+
+
+@pytest.mark.parametrize("panel", [1, 7, 16, 64, 100])
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_files_it_is_as_in_memory(panel: int, bias: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mapped, "PANEL", panel)
+    H = planted(64, 80, 1e-4) * 1e3
+    inside = feature_rank(H, bias=bias)
+    found = feature_rank(H, bias=bias, max_memory=1, folder=tmp_path)
+    assert not any("files" in note for note in inside.notes)
+    assert any("in files" in note for note in found.notes)
+    assert found.status == inside.status == "PROVED"
+    truth = torch.linalg.svdvals(torch.cat([H, H.new_ones(64, bias)], 1))
+    assert found.s_min.value == pytest.approx(inside.s_min.value, rel=1e-5)
+    assert found.s_min.value <= float(truth[-1]) * (1 + 1e-9)
+    assert found.s_max.value == pytest.approx(inside.s_max.value, rel=1e-6)
+    assert float(truth[0]) <= found.s_max.value * (1 + 1e-12)
+    assert found.rank_at_least.value == found.rank_at_most.value == 64
+    assert list(tmp_path.iterdir()) == [], "the files have no name and go away"
+
+
+@given(
+    n=st.integers(1, 9),
+    wider=st.integers(0, 5),
+    exponent=st.floats(-9, 0),
+    panel=st.integers(1, 10),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_in_files_the_bounds_hold_in_400_bits(n: int, wider: int, exponent: float, panel: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped, "PANEL", panel)
+        patch.setattr("surefoot.measure.shifted.BLOCK", 3)
+        patch.setattr("surefoot.measure.mapped.BLOCK", 3)
+        H = planted(n, n + wider, 10**exponent, seed)
+        truth, found = singular_values(H), feature_rank(H, max_memory=1)
+    assert mpmath.mpf(found.s_min.value) <= truth[n - 1]
+    assert truth[0] <= mpmath.mpf(found.s_max.value)
+    if exponent > -5:
+        assert found.status == "PROVED"
+
+
+def test_features_mapped_from_a_file_in_a_narrow_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mapped, "PANEL", 16)
+    H = random(50, 60, 0).float()
+    np.save(tmp_path / "H.npy", H.numpy())
+    found = feature_rank(np.load(tmp_path / "H.npy", mmap_mode="r"), max_memory=1)
+    assert found.status == "PROVED"
+    assert found.s_min.value == pytest.approx(feature_rank(H).s_min.value, rel=1e-5)
+
+
+def test_in_files_what_is_deficient_is_refuted_or_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "PANEL", 7)
+    H = random(20, 30, 0)
+    H[7] = H[3]
+    found = feature_rank(H, max_memory=1)
+    assert (found.status, found.duplicates, found.rank_at_most.value) == ("REFUTED", ((3, 7),), 19)
+    assert found.rank_at_least.value == 1
+    H = random(20, 30, 0)
+    H[7] = (H[3] + H[5]) / 2
+    found = feature_rank(H, max_memory=1)
+    assert found.status == "UNDECIDED"
+    assert {3, 5, 7} <= set(found.suspects)
+
+
+def test_a_factor_in_a_file_solves_and_any_factor_gives_a_bound(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mapped, "PANEL", 7)
+    V = random(30, 40, 0)
+    K = V @ V.T
+    K = (K + K.T) / 2
+    least = float(torch.linalg.eigvalsh(K)[0])
+    A = mapped.MappedShifted(K, tmp_path)
+    assert A.factor(least / 2)
+    v = random(30, 1, 1)[:, 0]
+    assert torch.allclose((K - least / 2 * torch.eye(30, dtype=K.dtype)) @ A.solve(v), v, atol=1e-8)
+    assert torch.allclose(A.L @ A.L.T, K - least / 2 * torch.eye(30, dtype=K.dtype), atol=1e-10)
+    good = A.bound(A.shift)[0]
+    assert least / 2 * (1 - 1e-9) <= good <= least / 2
+    A.L[20, 3] += 1.0  # a disk that lies: the bound is poor and still one
+    assert A.bound(A.shift)[0] < good - 0.5
+    assert not A.factor(least * 1.01)
+    found = lambda_min(K, folder=tmp_path)
+    assert found.value == pytest.approx(lambda_min(K).value, rel=1e-5)
+    assert found.value <= least * (1 + 1e-12)
+    assert lambda_max(K, folder=tmp_path).value == pytest.approx(lambda_max(K).value, rel=1e-6)
+    with pytest.raises(InputError, match="is no folder"):
+        lambda_min(K, folder=tmp_path / "none")
 
 
 def test_a_sharper_route_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

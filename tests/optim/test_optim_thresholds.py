@@ -20,7 +20,7 @@ from test_optim_device_path import squares_as_tensor
 from torch import Tensor, nn
 
 from surefoot import DeltaGClip, GClip, clip_grad_
-from surefoot.optim import Percentile, Threshold, ZScore
+from surefoot.optim import Measured, Percentile, Threshold, ZScore
 from surefoot.optim import norm as norms
 from surefoot.optim import update as kernel
 from surefoot.testing import NoSync
@@ -30,6 +30,7 @@ nan, inf = math.nan, math.inf
 BUILT_IN: dict[str, Any] = {
     "percentile": lambda: Percentile(40.0),
     "percentile of 4": lambda: Percentile(40.0, history=4),
+    "measured": lambda: Measured(0.8, history=8),
     "zscore": lambda: ZScore(z=1.0, alpha=0.8, warmup=3),
 }
 every_threshold = pytest.mark.parametrize("make", BUILT_IN.values(), ids=BUILT_IN)

@@ -9,23 +9,21 @@ from typing import Annotated, Literal
 import tyro
 
 from surefoot.cli.show import certificate_table
+from surefoot.cli.subject import SubjectArgs, subject_config
 from surefoot.errors import InputError
 from surefoot.report import write_report
 from surefoot.train.certified_run import write_certificate
 from surefoot.train.certifying import certify_subject, check_new, read_subject
 from surefoot.train.document import rebuild_run, with_additions
 from surefoot.train.job import repeatable
+from surefoot.train.loop import check_out
+from surefoot.train.subject import from_config
 
 
 @dataclass(frozen=True)
-class CertifyArgs:
-    """Prove that an exact global minimum of the training loss lies next to a run's weights, or say what is short.
-
-    Exit code 0: proved, and the certificate is written; 1: not proved, or refuted.
-    """
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """The folder of a run."""
+class _CertifyArgs:
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    """The folder of a run; without one, --model and --data say what is certified, at the model's own weights."""
     polish: bool = True
     """First move a copy of the weights by Gauss-Newton steps to where the certificate fires (--layers all)."""
     layers: Literal["all", "last"] = "all"
@@ -35,9 +33,17 @@ class CertifyArgs:
     epsilon: float | None = None
     """Between 0 and 1: how much of the rate is given up for longer steps (the best one)."""
     out: Path | None = None
-    """The folder of the certificate (RUN/certificate)."""
+    """The folder of the certificate (RUN/certificate); without a run, a new one for it and report.html (certified)."""
     threads: int | None = None
     """Threads of the processor (torch's choice)."""
+
+
+@dataclass(frozen=True)
+class CertifyArgs(SubjectArgs, _CertifyArgs):
+    """Prove that an exact global minimum of the training loss lies next to a run's weights, or say what is short.
+
+    Exit code 0: proved, and the certificate is written; 1: not proved, or refuted.
+    """
 
 
 def main(argv: list[str]) -> int:
@@ -47,8 +53,15 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--epsilon {args.epsilon:g} is not between 0 and 1; leave it out for the best one")
     if args.threads is not None and args.threads < 1:
         raise InputError(f"--threads {args.threads} is too small; give at least 1")
-    subject = read_subject(args.run)
-    check_new(args.out or args.run / "certificate", "--out" if args.out else "RUN's")
+    config = subject_config(args, args.run, verb="certify")
+    folder = args.out or Path("certified") if args.run is None else args.run
+    if config is None:
+        assert args.run is not None
+        subject, proof = read_subject(args.run), args.out or args.run / "certificate"
+        check_new(proof, "--out" if args.out else "RUN's")
+    else:
+        check_out(folder)
+        subject, proof = from_config(config), folder / "certificate"
     with repeatable(args.threads):
         verdict, document = certify_subject(
             subject,
@@ -58,10 +71,11 @@ def main(argv: list[str]) -> int:
             epsilon=args.epsilon,
             tell=_tell,
         )
-    document = write_certificate(document, verdict, args.run, args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = write_certificate(document, verdict, folder, proof)
     certificate_table(document)
-    report = write_report(with_additions(rebuild_run(args.run), args.run), args.run / "report.html")
-    print(f"report: {report}")
+    page = document if args.run is None else with_additions(rebuild_run(args.run), args.run)
+    print(f"report: {write_report(page, folder / 'report.html')}")
     return 0 if verdict else 1
 
 

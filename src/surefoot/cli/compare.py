@@ -43,8 +43,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if launched() or args.parallel != "none":
         raise InputError("surefoot compare runs in one process: leave out torchrun and --parallel")
-    if args.until_certified or args.check_certificate:
-        raise InputError("surefoot compare runs to the end; leave out --until-certified and --check-certificate")
+    if args.until_certified or args.check_certificate or args.from_certificate:
+        raise InputError(
+            "surefoot compare starts anew and runs to the end; leave out --until-certified, --check-certificate and "
+            "--from-certificate"
+        )
     comparison = Comparison(_base(args), args.optimizer, args.seeds)  # type: ignore[arg-type]
     if args.resume is not None:
         if args.out is not None:

@@ -16,9 +16,11 @@ COMMANDS = {
     "train": "train on a data set or your own model, write a run folder with report.html",
     "compare": "the same with several optimizers, side by side",
     "measure": "the constants of a run, or of your model and data",
+    "tune": "suggest lr, gamma and delta for a run, from constants measured along its first steps",
     "certify": "prove that a run's weights are next to an exact global minimum, or say what is short",
     "report": "rebuild a run's report",
     "verify": "check a certificate file",
+    "reproduce": "a paper's experiment, with tables, figures and a verdict beside its claim",
 }
 USAGE = "usage: surefoot COMMAND [options]\n\n" + "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
 HELP = USAGE + "\n\nsurefoot COMMAND --help lists a command's options."

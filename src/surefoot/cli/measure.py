@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 import tyro
 
 from surefoot.cli.show import console
+from surefoot.cli.subject import SubjectArgs, subject_config
 from surefoot.cli.train import FLAGS
 from surefoot.errors import InputError
 from surefoot.report import write_report
 from surefoot.report.measured import GROUPS, group_of, value_text
 from surefoot.train.budget import parse_budget
-from surefoot.train.config import TrainConfig, flag
 from surefoot.train.document import rebuild_run, with_additions
 from surefoot.train.files import write_json
 from surefoot.train.loop import check_out
@@ -28,9 +27,7 @@ from surefoot.train.subject import Subject, from_config, from_run
 
 
 @dataclass(frozen=True)
-class MeasureArgs:
-    """Measure what the theory speaks of, at the weights of a run or of a model and data that are named."""
-
+class _MeasureArgs:
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """The folder of a run; without one, --model and --data say what is measured."""
     budget: str = "60s"
@@ -45,47 +42,21 @@ class MeasureArgs:
     out: Path | None = None
     """A new folder for measurements.json and report.html (a run: its own)."""
 
-    data: str | None = None
-    """As for surefoot train, like all options from here on."""
-    target: str | None = None
-    """The column of a CSV (or numeric parquet) to predict; several separated by commas."""
-    task: Literal["auto", "classification", "regression"] | None = None
-    """What a table's target is, where its values leave that open."""
-    image_size: int | None = None
-    """Resize images to this many pixels a side."""
-    context: int | None = None
-    """Characters in a window of text, and the most words of a sentence."""
-    test_fraction: float | None = None
-    """The part held out where the data has no test split."""
-    limit: int | None = None
-    """Take this many training rows only."""
-    model: str | None = None
-    """mlp, resnet20, ... or path/to/file.py:factory."""
-    width: tuple[int, ...] | None = None
-    """Units in each hidden layer."""
-    depth: int | None = None
-    """Number of hidden layers."""
-    activation: str | None = None
-    """relu, tanh, sigmoid, softplus, gelu, silu, elu, leaky-relu or identity."""
-    loss: Literal["auto", "mse", "cross-entropy"] | None = None
-    """mse is torch's mean over rows and outputs."""
+
+@dataclass(frozen=True)
+class MeasureArgs(SubjectArgs, _MeasureArgs):
+    """Measure what the theory speaks of, at the weights of a run or of a model and data that are named."""
+
     optimizer: str | None = None
     """Whose steps smoothness is measured along."""
     lr: float | None = None
     """η, beside which sharpness is put."""
     batch_size: int | Literal["full"] | None = None
     """Rows a step."""
-    seed: int | None = None
-    """Fixes the initial weights and the choice of samples."""
-    dtype: Literal["float32", "float64"] | None = None
-    """Precision of the model; the Gram and all bounds are in float64."""
     device: str | None = None
     """cpu, cuda, cuda:1 ..."""
     threads: int | None = None
     """Threads of the CPU."""
-
-
-_OF_THE_COMMAND = ("run", "budget", "only", "samples", "expressivity", "out", "device", "threads")
 
 
 def main(argv: list[str]) -> int:
@@ -100,35 +71,68 @@ def main(argv: list[str]) -> int:
     make = _subject(args)
     with _Progress() as progress:
         progress.tell("loading the data", 0.0)
-        document = measure(make, seconds, names, samples=args.samples, asked=args.only is not None, tell=progress.tell)
+        document = measure(
+            make,
+            seconds,
+            names,
+            samples=args.samples,
+            asked=args.only is not None,
+            expressivity=args.expressivity,
+            tell=progress.tell,
+        )
     show(document)
-    return _write(args, document)
+    _write(args, document)
+    return _answer(document) if args.expressivity else 0
 
 
 def _subject(args: MeasureArgs) -> Callable[[], Subject]:
     """Return what makes the subject: from the run, or from the options of training."""
-    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in _OF_THE_COMMAND}
-    given = {name: value for name, value in options.items() if value is not None}
     machine: dict[str, Any] = {"device": args.device, "threads": args.threads}
-    if args.run is not None:
-        if given:
-            raise InputError(f"RUN {args.run} says what is measured: leave out {', '.join(map(flag, given))}")
-        return partial(from_run, args.run, **machine)
-    if "model" not in given and "data" not in given:
-        raise InputError("nothing to measure: give the folder of a run, or --model and --data")
-    return partial(from_config, TrainConfig(**given, **{k: v for k, v in machine.items() if v is not None}))
+    config = subject_config(args, args.run, "optimizer", "lr", "batch_size", verb="measure", **machine)
+    if config is not None:
+        return partial(from_config, config)
+    assert args.run is not None
+    return partial(from_run, args.run, **machine)
 
 
-def _write(args: MeasureArgs, document: dict[str, Any]) -> int:
+def _write(args: MeasureArgs, document: dict[str, Any]) -> None:
     """Write measurements.json and the report: into the run's folder, or a new one."""
     folder = args.out or args.run
     if folder is None:
-        return 0
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "measurements.json", document)
     page = document if args.run is None else with_additions(rebuild_run(args.run), folder)
     print(f"report: {write_report(page, folder / 'report.html')}")
-    return 0
+
+
+def _answer(document: dict[str, Any]) -> int:
+    """Say in a sentence whether the last layer alone fits any targets, and what would do; return the exit code."""
+    found = document["expressivity"]
+    if found is None:
+        print("not decided: " + "; ".join(e["why"] for e in document["left_out"]))
+        return 1
+    n, width = found["samples"], found["width"]
+    rows = f"{n:,} training rows" if n == found["rows"] else f"{n:,} of the {found['rows']:,} training rows"
+    what = f"the last layer ({found['layer']}) alone fits any targets on the {rows}"
+    if found["status"] == "PROVED":
+        print(f"PROVED: {what}, at {document['subject']['weights']}: s_N >= {found['s_min']:.4g}")
+        return 0
+    word = {"REFUTED": "REFUTED", "UNDECIDED": "NOT PROVED"}[found["status"]]
+    why = []
+    if found["columns"] < n:
+        why.append(
+            f"{found['columns']:,} columns cannot have rank {n:,}. A last hidden layer of {width:,} units is the least "
+            f"that can (surefoot train --explore-exploit --widen {width}; --widen auto takes twice the rows, far "
+            "better conditioned)"
+        )
+    if groups := found["duplicates"]:
+        shown = "; ".join(" = ".join(map(str, g)) for g in groups[:5]) + "; ..." * (len(groups) > 5)
+        why.append(f"rows with equal features ({shown}): where the rows themselves are equal no width helps, keep one")
+    if not why:
+        why.append("s_N cannot be told from 0. Noise on the hidden weights lifts it (--explore-exploit --noise auto)")
+    print(f"{word}: {what}: {'. And '.join(why)}")
+    return 1
 
 
 def show(document: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from surefoot.report.certified import certified_rows, criteria_text, outcome_text, polished_text
+from surefoot.report.explored import TRADE, conclusion_text, explored_rows, trade_rows
 from surefoot.train.progress import duration
 
 
@@ -38,10 +39,13 @@ def run_table(document: dict[str, Any]) -> None:
     if metric["column"] != "test_loss":
         table.add_row("test loss", _number(summary["evaluation"].get("test_loss")))
     table.add_row("train loss", _number(summary["train_loss"]))
-    table.add_row("steps", f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)")
+    last = document.get("last_layer_steps", 0)
+    table.add_row("steps", f"{summary['steps'] - last:,} ({summary['epochs']:.4g} epochs)")
     total = max(1, sum(regimes.values()))
     for name, count in regimes.items():
         table.add_row(f"  {name}", f"{count:,} ({count / total:.1%})")
+    if last:
+        table.add_row("steps of the last layer alone", f"{last:,}")
     table.add_row("time", f"{duration(summary['seconds'])} ({_number(summary['rows_per_second'])} rows/s)")
     console().print(table)
     for note in document["notes"]:
@@ -97,6 +101,37 @@ def certificate_table(document: dict[str, Any]) -> None:
         print(f"note: {note}")
     if document["folder"]:
         print(f"certificate: {document['folder']}; check it with surefoot verify {document['folder']}")
+
+
+def explored_table(document: dict[str, Any]) -> None:
+    """Print the verdict of explore/exploit: the features, what follows, what it cost, the trade of the noise."""
+    from rich.markup import escape
+
+    verdict = document["verdict"]
+    table = Table(title=escape(f"{outcome_text(verdict)}: {verdict['theorem']}"), show_header=False)
+    table.add_column()
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for group in explored_rows(document):
+        for name, value, meaning in group:
+            table.add_row(escape(name), escape(value), escape(meaning))
+        table.add_section()
+    console().print(table)
+    if trade := trade_rows(document):
+        noises = Table(title="what noise would have done")
+        for name in TRADE:
+            noises.add_column(name, justify="right", no_wrap=True)
+        for row in trade:
+            noises.add_row(*map(escape, row))
+        console().print(noises)
+    print(conclusion_text(document))
+    for finding in verdict["findings"]:
+        if finding["outcome"] != "proved":
+            print(f"{finding['outcome']}: {finding['hypothesis']}: {finding['reason']}")
+            if finding["remedy"]:
+                print(f"  what would help: {finding['remedy']}")
+    for note in document["notes"]:
+        print(f"note: {note}")
 
 
 def _number(value: float | None) -> str:

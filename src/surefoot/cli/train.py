@@ -11,9 +11,11 @@ from typing import Any
 
 import tyro
 
-from surefoot.cli.show import certificate_table, run_table
+from surefoot.check import verify
+from surefoot.cli.show import certificate_table, explored_table, run_table
 from surefoot.errors import InputError
 from surefoot.report import write_report
+from surefoot.train.certified_start import certified_options
 from surefoot.train.config import TrainConfig, read_config
 from surefoot.train.distributed import joined
 from surefoot.train.document import with_additions
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
         if args.resume is not None:
             folder, document = args.resume, resume(args.resume, config)
         else:
+            if config.from_certificate is not None:
+                _verify(config.from_certificate)
             folder = team.on_main(lambda: args.out or Path("runs") / default_name(config))
             document = train(config, folder)
         return team.on_main(lambda: tell(document, folder))
@@ -60,11 +64,26 @@ def tell(document: dict[str, Any], folder: Path) -> int:
     if status == "interrupted":
         print(document["message"])
     proved = True
-    if document["config"]["until_certified"] and status == "finished":
+    options = document["config"]
+    if options["explore_exploit"] and document["explored"]["verdict"] is not None:
+        explored_table(document["explored"])
+        proved = document["explored"]["verdict"]["outcome"] == "proved"
+    if (options["until_certified"] or options.get("from_certificate")) and status == "finished":
         certificate_table(document["certificate"])
         proved = document["certificate"]["verdict"]["outcome"] == "proved"
     print(f"report: {report}", flush=True)
     return 130 if status != "finished" else 0 if proved else 1
+
+
+def _verify(certificate: str) -> None:
+    """Let the independent checker look at a certificate before anything is said by it.
+
+    Raises:
+        InputError: it does not hold.
+    """
+    print(f"verifying {certificate}", flush=True)
+    if not (result := verify(certificate)):
+        raise InputError(f"--from-certificate {certificate} does not verify; nothing was trained.\n{result}")
 
 
 def parse(argv: list[str]) -> TrainArgs:
@@ -72,11 +91,16 @@ def parse(argv: list[str]) -> TrainArgs:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
+    early.add_argument("--from-certificate", type=Path)
+    early.add_argument("--optimizer")
     found, _ = early.parse_known_args(argv)
     stored: dict[str, Any] = {}
     if found.config is not None and found.resume is not None:
         raise InputError(f"--config {found.config} and --resume {found.resume} contradict each other; give one")
-    if found.config is not None:
+    if found.from_certificate is not None and found.resume is None:
+        config = None if found.config is None else read_config(found.config)
+        stored = shallow(certified_options(found.from_certificate, config, found.optimizer))
+    elif found.config is not None:
         stored = shallow(read_config(found.config))
     elif found.resume is not None:
         path = found.resume / "config.json"

@@ -1,4 +1,4 @@
-"""Telemetry in the loggers of Lightning, and a smoothness probe around its steps."""
+"""Lightning: telemetry in its loggers, a smoothness probe around its steps, explore/exploit by its loop."""
 
 # The library of this adapter is an extra, and pyright is run without it as well.
 # pyright: reportMissingImports=false
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from surefoot.errors import InputError
+from surefoot.integrations.phases import Phases, Samples, check_full_batch, innermost, whole
 from surefoot.integrations.scalars import scalars, unwrap
 from surefoot.measure.smoothness import SmoothnessProbe
 from surefoot.measure.smoothness_fit import POINTS
 from surefoot.optim import ClippedOptimizer
+from surefoot.theorems.verdict import Verdict
+from surefoot.train.explore_exploit import ExploreExploit
 
 try:
     from lightning.pytorch import Callback
@@ -159,6 +162,121 @@ class SmoothnessCallback(Callback):
                     out = self._loss(pl_module, batch) if self._loss else pl_module.training_step(batch, index)
                 loss = out["loss"] if isinstance(out, dict) else out
                 yield loss * (sum(sizes) / (rows * len(sizes))), rows
+
+
+class ExploreExploitCallback(Callback):
+    """Trains in two phases: everything by the module's optimizer, then the last linear layer alone, under a verdict.
+
+    After tau of the Trainer's steps (of the optimizer, however many batches each adds up) the features of the whole
+    training set are worked out, in its order and in eval mode, the hidden weights are perturbed and frozen, and the
+    rank of the features is verified; the Trainer then goes on with the last layer. Checkpoints hold the state, and
+    `fit(ckpt_path=...)` goes on bit for bit in either phase. At the end everything may be trained again.
+
+    Args:
+        network: the attribute of the module that holds the network, which ends in a linear layer and has all
+            parameters; "": the module itself, by its `forward`.
+        split: (batch) -> (inputs, targets), of the whole training set as one batch; None: a pair as it is, or a
+            dictionary with its "labels" taken out.
+        data: all samples as (inputs, targets), in place of the data set of the Trainer's loader.
+        options: of `ExploreExploit`: tau, noise, head, seed, loss, exploit, full_batch, allow_deficient, max_memory,
+            rows. `loss` is what `training_step` returns: "cross-entropy" (the default) or "mse", over the batch.
+
+    Attributes:
+        explore_exploit: the `ExploreExploit`, from the start of training on.
+        verdict: what is guaranteed, once training has ended; None before, and if it ended while exploring.
+
+    Raises:
+        InputError: here, an unknown option; at the start of training, what `ExploreExploit` refuses, several processes,
+            16-mixed, manual optimization or several optimizers, training without end, a stream of samples,
+            full_batch=True where a step sees only a part of them or is clipped; at a resume, a checkpoint of other
+            samples.
+
+    Example:
+        >>> from surefoot.integrations.lightning import ExploreExploitCallback
+        >>> callback = ExploreExploitCallback("net", tau=0.6)      # Trainer(..., callbacks=[callback])
+
+    Source: K. Kawaguchi and Q. Sun, arXiv 2104.05785 (the idea); surefoot, Prop. 12 to 15.
+    """
+
+    def __init__(
+        self,
+        network: str = "",
+        *,
+        split: Callable[[Any], Samples] | None = None,
+        data: Samples | None = None,
+        **options: Any,
+    ) -> None:
+        self.verdict: Verdict | None = None
+        self._network, self._split, self._data, self._phases = network, split, data, Phases(options)
+        self._resumed: dict[str, Any] | None = None
+
+    @property
+    def explore_exploit(self) -> ExploreExploit:
+        """The state machine."""
+        return self._phases.machine
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check what can be checked before any work, and load the state of a checkpoint."""
+        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+            raise InputError(
+                f"ExploreExploitCallback needs automatic optimization and one optimizer; here are "
+                f"{len(trainer.optimizers)}, automatic_optimization={pl_module.automatic_optimization}; drive "
+                "surefoot.train.explore_exploit.ExploreExploit in training_step yourself"
+            )
+        if trainer.world_size > 1 or str(trainer.precision).startswith("16"):
+            raise InputError(
+                f"ExploreExploitCallback does not go with {trainer.world_size} processes and precision="
+                f"{trainer.precision!r}; take one process, and 'bf16-mixed' or '32-true'"
+            )
+        total = trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise InputError("the two phases are parts of all steps: give Trainer(max_epochs=...) or max_steps")
+        model = pl_module.get_submodule(self._network)
+        own = {id(p) for p in model.parameters()}
+        if outside := [n for n, p in pl_module.named_parameters() if id(p) not in own]:
+            raise InputError(
+                f"network={self._network!r} lacks parameters of the module, {outside[:5]}; put them inside"
+            )
+        self._loader, self.verdict = trainer.train_dataloader, None
+        if self._phases.full_batch:
+            clip, precision = trainer.gradient_clip_val, trainer.precision
+            N, size = len(self._samples()[1]), getattr(self._loader, "batch_size", None)
+            check_full_batch({
+                "a batch is smaller than the training set": trainer.num_training_batches != 1 or not size or size < N,
+                f"gradient_clip_val={clip} clips the gradient before the optimizer": clip,
+                f"precision={precision!r} rounds the gradient": str(precision)[:2] not in ("32", "64"),
+            })  # fmt: skip
+        self._phases.start(model, innermost(trainer.optimizers[0]), int(total), self._samples, self._resumed)
+        self._resumed = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begin the second phase when it is due."""
+        self._phases.begin_if_due()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what is guaranteed, and thaw the model."""
+        self.verdict = self._phases.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return self._phases.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._resumed = state_dict or None
+
+    def _samples(self) -> Samples:
+        if self._data is not None:
+            return self._data
+        batch = whole(self._loader)
+        if self._split is not None:
+            return self._split(batch)
+        if isinstance(batch, dict) and "labels" in batch:
+            return {name: x for name, x in batch.items() if name != "labels"}, batch["labels"]
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[0], batch[1]
+        what = f"dictionary of {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
+        raise InputError(f"split=None cannot tell inputs from targets in a {what}; give split=(batch) -> (both)")
 
 
 @contextmanager

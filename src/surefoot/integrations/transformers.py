@@ -1,4 +1,4 @@
-"""Telemetry in the logs of Hugging Face's Trainer, and a smoothness probe around its steps."""
+"""Hugging Face's Trainer: telemetry in its logs, a smoothness probe around its steps, explore/exploit by its loop."""
 
 # The library of this adapter is an extra, and pyright is run without it as well.
 # pyright: reportMissingImports=false
@@ -6,25 +6,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surefoot.errors import InputError
+from surefoot.integrations.phases import Phases, check_full_batch, innermost, whole
 from surefoot.integrations.scalars import scalars, unwrap
 from surefoot.measure.smoothness import SmoothnessProbe
 from surefoot.measure.smoothness_fit import POINTS
 from surefoot.optim import ClippedOptimizer
+from surefoot.theorems.verdict import Verdict
+from surefoot.train.explore_exploit import ExploreExploit
 
 try:
     from accelerate.utils import find_batch_size
     from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 except ImportError as error:
     raise InputError(
         "surefoot.integrations.transformers needs transformers and accelerate: pip install 'surefoot[transformers]'"
     ) from error
 
 logger = logging.getLogger(__name__)
+KEPT = "surefoot_explore_exploit.pt"  # beside Trainer's files in a checkpoint
 
 
 class TelemetryCallback(TrainerCallback):
@@ -161,3 +168,114 @@ class SmoothnessCallback(TrainerCallback):
         """Take the gradients along the step."""
         self.probe.after()
         self._pieces.clear()
+
+
+class ExploreExploitCallback(TrainerCallback):
+    """Trains in two phases: everything by the Trainer's optimizer, then the last linear layer alone, under a verdict.
+
+    It attaches itself. After tau of the Trainer's `max_steps` (steps of the optimizer, however many batches each adds
+    up) the features of the whole training set are worked out, in its order and in eval mode, the hidden weights are
+    perturbed and frozen, and the rank of the features is verified; the Trainer then goes on with the last layer.
+    Checkpoints hold the state as a file beside Trainer's own, and `trainer.train(resume_from_checkpoint=...)` goes on
+    bit for bit in either phase. At the end everything may be trained again.
+
+    Args:
+        trainer: whose training it is.
+        data: all samples as (inputs, targets), inputs a dictionary of tensors; None: `trainer.train_dataset`, put
+            together by the Trainer's collator as one batch.
+        options: of `ExploreExploit`: tau, noise, head, seed, loss, exploit, full_batch, allow_deficient, max_memory,
+            rows. `loss` is what the model makes of its labels: "cross-entropy" (the default) or "mse".
+
+    Attributes:
+        explore_exploit: the `ExploreExploit`, from the start of training on.
+        verdict: what is guaranteed, once training has ended; None before, and if it ended while exploring.
+
+    Raises:
+        InputError: here, an unknown option; at the start of training, what `ExploreExploit` refuses, several processes,
+            fp16, load_best_model_at_end, a stream of samples, full_batch=True where a step sees only a part of them or
+            is clipped; at a resume, a checkpoint of other samples or without the state.
+
+    Example:
+        >>> from surefoot.integrations.transformers import ExploreExploitCallback
+        >>> # callback = ExploreExploitCallback(trainer, tau=0.6), then trainer.train(), then print(callback.verdict)
+
+    Source: K. Kawaguchi and Q. Sun, arXiv 2104.05785 (the idea); surefoot, Prop. 12 to 15.
+    """
+
+    def __init__(self, trainer: Any, *, data: tuple[dict[str, Tensor], Tensor] | None = None, **options: Any) -> None:
+        self.verdict: Verdict | None = None
+        self._trainer, self._data, self._phases = trainer, data, Phases(options)
+        self._checkpoint: str | None = None
+        self._train = trainer.train
+        trainer.train = self._from_checkpoint
+        trainer.add_callback(self)
+
+    @property
+    def explore_exploit(self) -> ExploreExploit:
+        """The state machine."""
+        return self._phases.machine
+
+    def _from_checkpoint(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, and remember where the state is: Trainer tells its callbacks only the number of the step."""
+        found = resume_from_checkpoint
+        self._checkpoint = get_last_checkpoint(self._trainer.args.output_dir) if found is True else found or None
+        return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Check what can be checked before any work, and load the state of a checkpoint."""
+        trainer = self._trainer
+        for what, there in {
+            "several processes or GPUs": args.world_size > 1 or args.n_gpu > 1,
+            "FSDP or DeepSpeed": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+            "fp16=True (bf16=True does)": args.fp16,
+            "hyperparameter_search": state.is_hyper_param_search,
+            "load_best_model_at_end=True, which would put other weights in place of the verdict's":
+                args.load_best_model_at_end,
+        }.items():  # fmt: skip
+            if there:
+                raise InputError(f"ExploreExploitCallback does not go with {what}")
+        kept = None
+        if self._checkpoint is not None:
+            file = Path(self._checkpoint) / KEPT
+            if not file.is_file():
+                raise InputError(f"resume_from_checkpoint={self._checkpoint!r} has no {KEPT}: it was made without this")
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+        self._loader, self.verdict = train_dataloader, None
+        if self._phases.full_batch:
+            check_full_batch({
+                "a batch is smaller than the training set": trainer._train_batch_size < len(self._samples()[1]),
+                "gradients of several batches are added up": args.gradient_accumulation_steps > 1,
+                f"max_grad_norm={args.max_grad_norm} clips the gradient before the optimizer": args.max_grad_norm,
+                "bf16=True rounds the gradient": args.bf16,
+                "label_smoothing_factor or compute_loss_func changes the loss":
+                    args.label_smoothing_factor or trainer.compute_loss_func is not None,
+            })  # fmt: skip
+        self._phases.start(trainer.model, innermost(optimizer), state.max_steps, self._samples, kept)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the second phase when it is due."""
+        self._phases.begin_if_due()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the state into the checkpoint."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        torch.save(self._phases.state_dict(), folder / KEPT)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what is guaranteed, and thaw the model."""
+        self.verdict = self._phases.finish()
+
+    def _samples(self) -> tuple[dict[str, Tensor], Tensor]:
+        if self._data is not None:
+            return self._data
+        batch = {name: x for name, x in dict(whole(self._loader)).items() if x is not None}
+        labels = [name for name in self._trainer.label_names if name in batch]
+        if len(labels) != 1:
+            raise InputError(
+                f"the training set has the columns {sorted(batch)} and one of {self._trainer.label_names} has to be "
+                "there for the targets; name it in TrainingArguments(label_names=...), or give data=(inputs, targets)"
+            )
+        targets = batch.pop(labels[0])
+        return batch, targets

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from surefoot.errors import InputError
 from surefoot.measure.duplicates import equal_rows
+from surefoot.measure.mapped import MappedShifted, require_disk
 from surefoot.measure.measurement import Measurement
 from surefoot.measure.memory import require
 from surefoot.measure.rounding import TINY, down, gam, norm_up, power_of_two, sum_up, up
@@ -39,7 +41,13 @@ FULL = 4000  # up to here spectrum() works out all eigenvalues
 
 
 def lambda_min(
-    K: Matrix, *, level: Level = "verified", perturbation: float = 0.0, outputs: int = 1, name: str = "lambda_min(K)"
+    K: Matrix,
+    *,
+    level: Level = "verified",
+    perturbation: float = 0.0,
+    outputs: int = 1,
+    name: str = "lambda_min(K)",
+    folder: str | Path | None = None,
 ) -> Measurement:
     """Return a rigorous lower bound of the smallest eigenvalue, or an estimate of it.
 
@@ -55,6 +63,7 @@ def lambda_min(
             claim is then about K_true.
         outputs: C, where row n C + c of K belongs to output c of sample n: samples are named that way.
         name: what the measurement is called.
+        folder: where the factor lies, in a temporary file of 8 n^2 bytes that is worked on in panels; None: in memory.
 
     Returns:
         the bound; it may be 0 or negative, and a note says so. `details["at_most"]` is a rigorous upper bound of the
@@ -64,7 +73,7 @@ def lambda_min(
 
     Raises:
         InputError: K is not a square, symmetric float64 matrix of finite numbers, or its factor does not fit into
-            memory.
+            memory (with a folder: on the disk).
 
     Example:
         >>> K = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
@@ -76,8 +85,7 @@ def lambda_min(
     """
     K = _matrix(K, "K")
     _check(level=level, outputs=outputs, perturbation=perturbation, n=len(K))
-    require(8 * K.numel(), f"K of shape {tuple(K.shape)}: its factor")
-    A = Shifted(K)
+    A = _shifted(K, folder)
     estimate, vector = _smallest(A)
     at_most = A.rayleigh(vector)
     details: dict[str, Any] = {"n": A.n, "perturbation": float(perturbation)}
@@ -104,7 +112,12 @@ def lambda_min(
 
 
 def lambda_max(
-    K: Matrix, *, level: Level = "verified", method: Method = "tight", name: str = "lambda_max(K)"
+    K: Matrix,
+    *,
+    level: Level = "verified",
+    method: Method = "tight",
+    name: str = "lambda_max(K)",
+    folder: str | Path | None = None,
 ) -> Measurement:
     """Return a rigorous upper bound of the largest eigenvalue, or an estimate of it.
 
@@ -115,10 +128,11 @@ def lambda_max(
         level: "verified", or "estimate" for the Lanczos value alone (in exact arithmetic a lower bound).
         method: "tight" (one Cholesky factorisation and a residual) or "cheap". An estimate has only one way.
         name: what the measurement is called.
+        folder: where the factor lies, as in `lambda_min`.
 
     Raises:
         InputError: K is not a square, symmetric float64 matrix of finite numbers, or its factor does not fit into
-            memory.
+            memory (with a folder: on the disk).
 
     Example:
         >>> K = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
@@ -129,9 +143,7 @@ def lambda_max(
     """
     K = _matrix(K, "K")
     _check(level=level, method=method, n=len(K))
-    if level == "verified" and method == "tight":
-        require(8 * K.numel(), f"K of shape {tuple(K.shape)}: its factor")
-    A = Shifted(K, sign=-1)
+    A = _shifted(K, folder, sign=-1) if level == "verified" and method == "tight" else Shifted(K, sign=-1)
     details: dict[str, Any] = {"n": A.n}
     cheap = min(A.frobenius, _rows_up(K, A.c)) / -A.c
     if level == "verified" and method == "cheap":
@@ -260,6 +272,18 @@ def gram(V: Tensor) -> tuple[Tensor, float]:
     size = norm_up(V)
     roundings = min(BLOCK, q) + math.ceil(q / BLOCK) + 1
     return G, sum_up(up(gam(roundings) * up(size * size)), up(8.0 * p * (q + 8) * TINY))
+
+
+def _shifted(K: Tensor, folder: str | Path | None, sign: int = 1) -> Shifted:
+    """Return K with room for its factor, in memory or in a file."""
+    what = f"K of shape {tuple(K.shape)}: its factor"
+    if folder is None:
+        require(8 * K.numel(), what)
+        return Shifted(K, sign=sign)
+    if not Path(folder).is_dir():
+        raise InputError(f"folder={str(folder)!r} is no folder; make it, or give another")
+    require_disk(8 * K.numel(), Path(folder), what)
+    return MappedShifted(K, Path(folder), sign=sign)
 
 
 def _smallest(A: Shifted) -> tuple[float, Tensor]:

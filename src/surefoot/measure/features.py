@@ -14,14 +14,17 @@ Shapes: H (N, m) features, one row a sample; Phi (N, p) with p = m + 1 columns, 
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from surefoot.errors import InputError
-from surefoot.measure.duplicates import equal_rows
+from surefoot.measure import mapped
+from surefoot.measure.duplicates import equal_columns, equal_rows
 from surefoot.measure.eigen import Matrix, gram, lambda_max, lambda_min, spectral_norm, tensor
 from surefoot.measure.measurement import Measurement
 from surefoot.measure.memory import fits, require
@@ -30,6 +33,7 @@ from surefoot.measure.shifted import BLOCK
 
 Status = Literal["PROVED", "REFUTED", "UNDECIDED"]
 
+ROWS = 1024  # of the features at a time, for passes that only read them
 TOLERANCE = 1e-6  # gradient descent steps are counted until the residual has shrunk by this
 NAMED = 5  # groups and samples named in a note
 
@@ -79,20 +83,27 @@ class FeatureRank:
         }
 
 
-def feature_rank(features: Matrix, *, bias: bool = True) -> FeatureRank:
+def feature_rank(
+    features: Matrix, *, bias: bool = True, max_memory: float | None = None, folder: str | Path | None = None
+) -> FeatureRank:
     """Decide whether Phi = [H, 1] has rank N, with a verified smallest singular value instead of a tolerance.
 
     Args:
         features: H, (N, m): the last hidden features, one row a sample; float64, or a narrower floating type (which is
             converted without error: the claim is then about these very numbers). It is not changed.
         bias: whether the last layer has one, which is one more column of ones.
+        max_memory: bytes that the work may take beside the features; None: what is available. In memory it takes
+            8 N p + 16 min(N, p)^2 (24 N^2 where p = N: 9.6 GB at N = 20,000). Where that is more and p >= N, the Gram
+            and its factor, 16 N^2, lie in temporary files (40 GB at N = 50,000) and go through memory in panels of
+            16 kB (2 p + 3 N) (4 GB there); features mapped from a file of your own are only read. The sharper residual
+            of a pseudo-inverse is left out then: a condition s_1/s_N beyond 1e6 or so stays undecided.
+        folder: where these files lie; None: the system's folder for temporary files.
 
     Returns:
         the rank and what it rests on. s_min is exactly 0 where rank N is refuted.
 
     Raises:
-        InputError: features are no matrix of finite floating-point numbers; or the Gram (8 min(N, p)^2 bytes: 20 GB at
-            50,000), its factor and a copy of the features do not fit into memory.
+        InputError: features are no matrix of finite floating-point numbers; or memory and disk do not suffice.
 
     Example:
         >>> found = feature_rank(torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]]))
@@ -103,36 +114,40 @@ def feature_rank(features: Matrix, *, bias: bool = True) -> FeatureRank:
     """
     H = _features(features)
     N, p = len(H), H.shape[1] + bias
-    k = min(N, p)
-    need = 8 * N * p + 16 * k * k
-    require(
-        need, f"features of shape {tuple(H.shape)}: a copy, the Gram of size {k:,} and its factor (take fewer rows?)"
-    )
     top = max(float(torch.linalg.vector_norm(H, math.inf).double()), float(bias))
     scale = power_of_two(top) if top else 1.0
-    Phi = torch.empty(N, p, dtype=torch.float64, device=H.device)
-    Phi[:, : H.shape[1]] = H
-    Phi[:, H.shape[1] :] = 1.0
-    Phi *= scale
     lost = N * p * TINY  # what scaling may have lost of ||Phi||_F
+    place = _place(H, p, max_memory, folder)
+
+    def rows(here: slice) -> Tensor:
+        part = torch.empty(len(H[here]), p, dtype=torch.float64, device=H.device)
+        part[:, : H.shape[1]] = H[here]
+        part[:, H.shape[1] :] = 1.0
+        return part.mul_(scale)
 
     groups = equal_rows(H)
-    most, reason = _count(Phi, groups)
+    most, reason = _count(H, bias, groups)
     notes = _notes(H, groups, bias)
-    G, error = gram(Phi if p >= N else Phi.mT)
-    s_max = up(up(up(math.sqrt(sum_up(lambda_max(G).value, error))) + lost) / scale)
+    if place is None:
+        Phi = rows(slice(0, N))
+        G, error = gram(Phi if p >= N else Phi.mT)
+    else:
+        Phi = None
+        G, error = mapped.mapped_gram(rows, (N, p), place)
+        notes.append(f"the Gram and its factor lay in files in {str(place)!r}: {16 * N * N / 1e9:.3g} GB")
+    s_max = up(up(up(math.sqrt(sum_up(lambda_max(G, folder=place).value, error))) + lost) / scale)
     suspects: list[int] = []
     if most < N:
         status, s_min = "REFUTED", Measurement("s_N(Phi)", 0.0, "exact", "verified", f"rank < N: {reason}")
     else:
-        bound, how, suspects = _smallest(Phi, G, error)
+        bound, how, suspects = _smallest(Phi, G, error, place)
         s_min = Measurement("s_N(Phi)", max(0.0, down(down(bound - lost) / scale)), "lower bound", "verified", how)
         status = "PROVED" if s_min.value > 0 else "UNDECIDED"
     if status == "PROVED":
         least, how = N, "s_N(Phi) > 0"
     else:
         del G
-        least, how = _independent(Phi, most)
+        least, how = (int(top > 0), "not worked out: too large for it") if Phi is None else _independent(Phi, most)
     if status == "UNDECIDED":
         notes.append(
             "rank N is neither proved nor refuted: s_N(Phi) cannot be told from 0 in float64; a near-null vector is "
@@ -153,6 +168,34 @@ def feature_rank(features: Matrix, *, bias: bool = True) -> FeatureRank:
     )
 
 
+def _place(H: Tensor, p: int, max_memory: float | None, folder: str | Path | None) -> Path | None:
+    """Return where Gram and factor lie: None in memory, else a folder.
+
+    Raises:
+        InputError: there is no room for them, or the options make no sense.
+    """
+    N = len(H)
+    if max_memory is not None and not max_memory > 0:
+        raise InputError(f"max_memory={max_memory!r} must be a number of bytes above 0")
+    k = min(N, p)
+    need = 8 * N * p + 16 * k * k
+    most = math.inf if max_memory is None else max_memory
+    what = f"features of shape {tuple(H.shape)}"
+    if need <= most and fits(need):
+        return None
+    if p < N or H.device.type != "cpu":  # the Gram is that of the columns: to halve the rows helps little
+        require(need, f"{what}: a copy, the Gram of size {k:,} and its factor (take fewer rows?)")
+        if need > most:
+            raise InputError(f"{what} need {need / 1e9:.3g} GB of memory and max_memory={most:.3g}; allow as much")
+        return None
+    place = Path(tempfile.gettempdir() if folder is None else folder)
+    if not place.is_dir():
+        raise InputError(f"folder={str(folder)!r} is no folder; make it, or give another")
+    require(8 * min(mapped.PANEL, N) * (2 * p + 3 * N), f"{what}: the panels of a Gram in files (take fewer rows?)")
+    mapped.require_disk(16 * N * N, place, f"{what}: the Gram of size {N:,} and its factor")
+    return place
+
+
 def _features(features: Matrix) -> Tensor:
     H = tensor(features, "features")
     if H.dim() != 2 or not len(H) or not H.is_floating_point():
@@ -162,7 +205,10 @@ def _features(features: Matrix) -> Tensor:
         )
     if not H.shape[1]:
         raise InputError(f"features of shape {tuple(H.shape)} have no column; give (N, m) with m >= 1")
-    bad = (~torch.isfinite(H)).any(1).nonzero().flatten().tolist()
+    bad: list[int] = []
+    for start in range(0, len(H), ROWS):
+        here = (~torch.isfinite(H[start : start + ROWS])).any(1).nonzero().flatten()
+        bad += (here + start).tolist()
     if bad:
         raise InputError(
             f"features hold NaN or infinite numbers in {len(bad)} samples, the first {bad[:5]}; leave them out"
@@ -170,13 +216,19 @@ def _features(features: Matrix) -> Tensor:
     return H
 
 
-def _count(Phi: Tensor, groups: list[list[int]]) -> tuple[int, str]:
-    """Return an upper bound of the rank and what was counted: distinct rows and distinct columns, without zeros."""
-    distinct = []
-    for X, equal in ((Phi, groups), (Phi.mT, equal_rows(Phi.mT))):
-        zero = bool((X == 0).all(1).any())
-        distinct.append(len(X) - sum(len(group) - 1 for group in equal) - zero)
-    rows, columns = distinct
+def _count(H: Tensor, bias: bool, groups: list[list[int]]) -> tuple[int, str]:
+    """Return an upper bound of the rank and what was counted: distinct rows and columns of Phi, without zeros."""
+    N, m = H.shape
+    zeros, ones = torch.ones(2, m, dtype=torch.bool, device=H.device)
+    zero_row = False
+    for start in range(0, N, ROWS):
+        part = H[start : start + ROWS]
+        zeros &= (part == 0).all(0)
+        ones &= (part == 1).all(0)
+        zero_row |= bool((part == 0).all(1).any())
+    rows = N - sum(len(group) - 1 for group in groups) - (zero_row and not bias)
+    columns = m + bias - sum(len(group) - 1 for group in equal_columns(H))
+    columns -= int(zeros.any()) + int(bias and bool(ones.any()))
     return min(rows, columns), f"{rows:,} distinct rows and {columns:,} distinct columns, zeros left out"
 
 
@@ -195,14 +247,14 @@ def _notes(H: Tensor, groups: list[list[int]], bias: bool) -> list[str]:
     return notes
 
 
-def _smallest(Phi: Tensor, G: Tensor, error: float) -> tuple[float, str, list[int]]:
+def _smallest(Phi: Tensor | None, G: Tensor, error: float, place: Path | None = None) -> tuple[float, str, list[int]]:
     """Return the better lower bound of s_N(Phi), how it came about, and whom to blame where it is not positive."""
-    found = lambda_min(G, perturbation=error)
+    found = lambda_min(G, perturbation=error, folder=place)
     square = down(math.sqrt(found.value)) if found.value > 0 else 0.0
     if found.value > 0 and found.details["at_most"] < 1.001 * found.value:
         return square, "shifted Cholesky of the Gram and its residual", []
     suspects = [row["sample"] for row in found.details.get("suspects", [])]
-    if not fits(24 * (Phi.numel() + len(G) ** 2)):
+    if Phi is None or not fits(24 * (Phi.numel() + len(G) ** 2)):
         return square, "shifted Cholesky of the Gram; no memory for the sharper residual of a pseudo-inverse", suspects
     direct = _by_residual(Phi)
     if max(direct, square) <= 0:

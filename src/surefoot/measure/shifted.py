@@ -22,7 +22,7 @@ from torch import Tensor
 from surefoot.errors import InputError
 from surefoot.measure.rounding import TINY, down, gam, norm_up, power_of_two, sum_up, up
 
-BLOCK = 256  # columns of the residual at a time, and products summed before they are subtracted
+BLOCK = 256  # products summed before they are subtracted, and columns of the residual at a time
 TILE = 1024  # for passes that only read K
 
 
@@ -38,6 +38,7 @@ class Shifted:
         frobenius: an upper bound of ||c K||_F.
         shift: s of the last factor.
         factorisations: how many were tried.
+        panel: columns of the residual at a time.
     """
 
     def __init__(self, K: Tensor, *, sign: int = 1) -> None:
@@ -46,7 +47,7 @@ class Shifted:
         self.c = sign * (1.0 if 2.0**-300 <= top <= 2.0**300 or top == 0.0 else power_of_two(top))
         self.top, self.frobenius = top * abs(self.c), up(frobenius * abs(self.c))
         self.diagonal = K.diagonal() * self.c
-        self.shift, self.factorisations = 0.0, 0
+        self.shift, self.factorisations, self.panel = 0.0, 0, BLOCK
         self._roundings = min(BLOCK, self.n) + math.ceil(self.n / BLOCK) + 2
         self._factor: Tensor | None = None
 
@@ -82,10 +83,10 @@ class Shifted:
     def bound(self, s: float) -> tuple[float, float, float]:
         """Return a rigorous lower bound of lambda_min(c K), whatever L is; and ||fl(E)||_F, and the allowance."""
         n, L = self.n, self.L
-        out, product = (torch.empty(n, min(BLOCK, n), dtype=L.dtype, device=L.device) for _ in range(2))
+        out, product = (torch.empty(n, min(self.panel, n), dtype=L.dtype, device=L.device) for _ in range(2))
         residual, factor = [], []
-        for j in range(0, n, BLOCK):  # on and below the diagonal block of columns j: to end
-            end = min(j + BLOCK, n)
+        for j in range(0, n, self.panel):  # on and below the diagonal block of columns j: to end
+            end = min(j + self.panel, n)
             E, P = out[j:, : end - j], product[j:, : end - j]
             torch.mul(self.K[j:, j:end], self.c, out=E)
             E.diagonal().sub_(s)

@@ -167,6 +167,37 @@ class SmoothnessProbe:
         self.observations.append(self._observe(pending))
         return self.observations[-1]
 
+    def descend(self, h: float | Callable[[float], float], closure: Closure) -> Observation:
+        """Take the step x - h grad f_B(x) with the gradient that the probe needs anyway, and probe it.
+
+        Two gradients in all with one point, where `step` takes three. Buffers stay as they were (the statistics of a
+        batch norm do not move on), and a step is taken whether it is due or not.
+
+        Args:
+            h: length of the step over that of the gradient, > 0; or what gives it for the gradient's norm.
+            closure: as for `around`.
+
+        Returns:
+            What was seen; where it is "not finite", no step was taken if the gradient was not finite.
+        """
+        if not callable(h):
+            _check_length(h)
+        every, self.every = self.every, 1
+        try:
+            self.before(closure)
+        finally:
+            self.every = every
+        pending = self._pending
+        if pending is not None and pending.here.finite:
+            length = _check_length(h(pending.here.norm) if callable(h) else h)
+            with torch.no_grad():
+                for p, g in zip(pending.params, pending.here.gradient):
+                    p.add_(g, alpha=-length)
+            torch.clear_autocast_cache()
+        seen = self.after()
+        assert seen is not None
+        return seen
+
     def fit(self, **options: Any) -> SmoothnessFit:
         """Return L0 and L1 with everything that says how far they may be trusted.
 
@@ -411,6 +442,12 @@ def _gradient(loss: Tensor, params: list[nn.Parameter]) -> list[Tensor | None]:
         )
     found = torch.autograd.grad(loss.reshape(()), params, allow_unused=True)
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+
+
+def _check_length(h: float) -> float:
+    if not 0 < h < math.inf:
+        raise InputError(f"h={h!r} is no length of a step; give a positive number")
+    return h
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ from surefoot.optim.gclip import GClip
 from surefoot.optim.mixed_clip import MixedClip
 from surefoot.optim.normalized_gd import NormalizedGD
 from surefoot.optim.smooth_clip import SmoothClip
-from surefoot.optim.thresholds import Percentile, Threshold, ZScore
+from surefoot.optim.thresholds import Measured, Percentile, Threshold, ZScore
 from surefoot.optim.unitwise import agc_
 
 __all__ = [
     "ClippedOptimizer",
     "DeltaGClip",
     "GClip",
+    "Measured",
     "MixedClip",
     "NormalizedGD",
     "Percentile",

@@ -69,11 +69,12 @@ class ClippedOptimizer(Optimizer, ABC):
     A step for which the scaler found an overflow is left out whatever `nonfinite` says: it is how a scaler looks for
     its scale.
 
+    The other options are those of `DeltaGClip`.
+
     Args:
         params: parameters or groups of them.
         lr: η > 0.
         rule: the letters of the rule with their defaults.
-        options: those of `DeltaGClip`, from `momentum` on.
     """
 
     # Each parameter group holds these options and the letters of its rule.

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from surefoot.optim import scales
 from surefoot.optim._base import ClippedOptimizer, Work
 from surefoot.optim.checks import check_number, floor_threshold
-from surefoot.optim.thresholds import Threshold, check_gamma
+from surefoot.optim.thresholds import Threshold, as_threshold, check_gamma
 
 
 class DeltaGClip(ClippedOptimizer):
@@ -34,8 +34,8 @@ class DeltaGClip(ClippedOptimizer):
         params: parameters or groups of them; each group may have its own lr, gamma, delta and so on.
         lr: η > 0. The longest clipped step has length η γ.
         gamma: threshold γ in (0, inf] on the gradient norm; inf never clips. Or an object that follows the norms:
-            `surefoot.optim.Percentile` (AutoClip), `ZScore` (ZClip) or a `Threshold` of your own, with the global
-            scope. It is copied; its statistics are part of `state_dict()`.
+            `surefoot.optim.Percentile` (AutoClip), `ZScore` (ZClip), `Measured` ("measured") or a `Threshold` of
+            your own, with the global scope. It is copied; its statistics are part of `state_dict()`.
         delta: floor δ in [0, 1]: h never falls below η δ. 0 is plain clipping, 1 plain gradient descent.
         momentum: μ >= 0; 0 keeps no buffer.
         dampening: τ, the gradient enters the buffer with weight 1 - τ.
@@ -68,7 +68,7 @@ class DeltaGClip(ClippedOptimizer):
         params: ParamsT,
         lr: float | Tensor,
         *,
-        gamma: float | Threshold,
+        gamma: float | Threshold | str,
         delta: float,
         momentum: float = 0.0,
         dampening: float = 0.0,
@@ -83,7 +83,7 @@ class DeltaGClip(ClippedOptimizer):
         super().__init__(
             params,
             lr,
-            {"gamma": copy.deepcopy(gamma), "delta": delta},
+            {"gamma": copy.deepcopy(as_threshold(gamma)), "delta": delta},
             momentum=momentum,
             dampening=dampening,
             nesterov=nesterov,
@@ -124,8 +124,9 @@ class DeltaGClip(ClippedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options; a threshold object in it is copied."""
-        if isinstance(param_group.get("gamma"), Threshold):
-            param_group = {**param_group, "gamma": copy.deepcopy(param_group["gamma"])}
+        gamma = as_threshold(param_group.get("gamma"))
+        if isinstance(gamma, Threshold):
+            param_group = {**param_group, "gamma": copy.deepcopy(gamma)}
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class GClip(DeltaGClip):
     Source: arXiv 2404.08624, Definition 1; why it helps: arXiv 1905.11881.
     """
 
-    def __init__(self, params: ParamsT, lr: float | Tensor, *, gamma: float | Threshold, **options: Any) -> None:
+    def __init__(self, params: ParamsT, lr: float | Tensor, *, gamma: float | Threshold | str, **options: Any) -> None:
         if "delta" in options:
             raise TypeError(f"GClip takes no delta (it is 0 here), got delta={options['delta']!r}; use DeltaGClip")
         super().__init__(params, lr, gamma=gamma, delta=0.0, **options)

@@ -9,6 +9,7 @@ threshold      γ                                               source
 =============  ==============================================  ===================
 Percentile     p-th percentile of the norms so far             arXiv 2007.14469
 ZScore         mean + (z²/zscore) std at a spike, else ∞       arXiv 2504.02507
+Measured       1.5 median of the last 50 norms, min(1, reach)  surefoot (docs/threshold.md)
 =============  ==============================================  ===================
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -196,12 +197,10 @@ class Percentile(Threshold):
             norms = ordered = torch.minimum(norms, torch.maximum(left, norm))
             last = count
         else:
-            norms = norms.index_copy(0, (count % self.history).view(1), norm.view(1))
+            norms = _put(norm, norms, count)
             ordered = norms.sort().values
             last = count.clamp(max=self.history - 1)
-        place = last.double() * (self.percentile / 100)
-        below, above = ordered.index_select(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
-        return below + (above - below) * (place - place.floor()), {"norms": norms, "count": count + 1}
+        return _between(ordered, last, self.percentile / 100), {"norms": norms, "count": count + 1}
 
 
 class ZScore(Threshold):
@@ -267,6 +266,86 @@ class ZScore(Threshold):
             "std": torch.hypot((1 - weight).sqrt() * std, spread * (x - mean)),
         }
         return limit.masked_fill(~spike, math.inf), after
+
+
+class Measured(Threshold):
+    """γ follows the gradient norms, and falls where steps of this lr have become too long for the curvature measured.
+
+        γ_t = times · median {||g_{t-history+1}||, ..., ||g_t||} · min(1, reach),    reach = 2 (1 - β) / (lr L)
+
+    with L the smoothness measured last: `observe` is told the reach, by `surefoot.tune.Online` or a loop of yours; it
+    is 1 before. Up to the edge of stability, lr = 2 (1 - β) / L, only norms that stand out are clipped; beyond it the
+    longest step, lr γ, is what it would be at the edge. A heuristic. `gamma="measured"` stands for `Measured()`.
+
+    Args:
+        times: > 0, γ over the median.
+        history: how many of the last norms count.
+
+    Example:
+        >>> gamma = Measured()
+        >>> [gamma.threshold(norm) for norm in (1.0, 3.0, 2.0)]
+        [1.5, 3.0, 3.0]
+        >>> gamma.observe(0.5)
+        >>> gamma.threshold(2.0)
+        1.5
+    """
+
+    def __init__(self, times: float = 1.5, history: int = 50) -> None:
+        check_number("times", times, 0.0, math.inf, open_low=True)
+        _check_count("history", history)
+        self.times = times
+        self.history = history
+
+    def start(self) -> dict[str, Tensor]:
+        """Return no norms, and a reach of 1."""
+        return {
+            "norms": torch.full((self.history,), math.inf, dtype=torch.float64),
+            "count": torch.zeros((), dtype=torch.int64),
+            "reach": torch.ones((), dtype=torch.float64),
+        }
+
+    def update(self, norm: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take the norm into the median."""
+        count, reach = state["count"], state["reach"]
+        norms = _put(norm, state["norms"], count)
+        median = _between(norms.sort().values, count.clamp(max=self.history - 1), 0.5)
+        return self.times * median * reach.clamp(max=1.0), {"norms": norms, "count": count + 1, "reach": reach.clone()}
+
+    @torch.no_grad()
+    def observe(self, reach: float | Tensor) -> None:
+        """Take 2 (1 - β) / (lr L) for what was measured last; nothing waits for the device.
+
+        Args:
+            reach: >= 0, a number or a () tensor.
+
+        Raises:
+            ValueError: a number below 0 or NaN.
+        """
+        if not isinstance(reach, Tensor):
+            check_number("reach", reach, 0.0, math.inf, inf=True)
+        device = torch.device("cpu") if self._state is None else self._state["gamma"].device
+        kept = self._ready(device)["reach"]
+        if isinstance(reach, Tensor):
+            kept.copy_(reach)
+        else:
+            kept.fill_(reach)
+
+
+def _put(norm: Tensor, norms: Tensor, count: Tensor) -> Tensor:
+    """Return the last norms, in the order of arrival, with one more in the place of the oldest."""
+    return norms.index_copy(0, (count % len(norms)).view(1), norm.view(1))
+
+
+def _between(ordered: Tensor, last: Tensor, part: float) -> Tensor:
+    """Return the quantile of ordered[0], ..., ordered[last], with linear interpolation."""
+    place = last.double() * part
+    below, above = ordered.index_select(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
+    return below + (above - below) * (place - place.floor())
+
+
+def as_threshold(gamma: object) -> Any:
+    """Return a new `Measured()` for "measured", anything else as it is."""
+    return Measured() if isinstance(gamma, str) and gamma == "measured" else gamma
 
 
 def check_gamma(gamma: object, scope: str) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surefoot.errors import InputError
+from surefoot.report.certified import certificate_page
 from surefoot.report.comparison_page import comparison_page
 from surefoot.report.measured import measurements_page
 from surefoot.report.run_page import run_page
+from surefoot.report.suggested import suggestion_page
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -20,6 +22,8 @@ _PAGES = {
     "surefoot.run": ("run.html.jinja", run_page),
     "surefoot.comparison": ("comparison.html.jinja", comparison_page),
     "surefoot.measurements": ("measurements.html.jinja", measurements_page),
+    "surefoot.certified": ("certificate.html.jinja", certificate_page),
+    "surefoot.suggestion": ("suggestion.html.jinja", suggestion_page),
 }
 
 
@@ -27,9 +31,10 @@ def render(document: dict[str, Any]) -> str:
     """The HTML page of a document: self-contained, without scripts, the same bytes for the same document.
 
     Args:
-        document: parsed JSON of format `surefoot.run`, `surefoot.comparison` or `surefoot.measurements`, version 1. Any
-            number in it may be null, and any part but `format` and `version` may be missing. A run may hold its
-            measurements, a document of their own format, under the key `measurements`.
+        document: parsed JSON of format `surefoot.run`, `surefoot.comparison`, `surefoot.measurements`,
+            `surefoot.certified` or `surefoot.suggestion`, version 1. Any number in it may be null, and any part but
+            `format` and `version` may be missing. A run may hold its measurements, a document of their own format,
+            under the key `measurements`.
 
     Returns:
         The whole page, in UTF-8 once encoded.

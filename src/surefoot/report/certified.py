@@ -8,7 +8,7 @@ import numpy as np
 from surefoot.errors import InputError
 from surefoot.report import figures
 from surefoot.report.drawing import Drawing
-from surefoot.report.formats import is_number, number, percent, plural, quantity
+from surefoot.report.formats import MISSING, is_number, number, percent, plural, quantity
 from surefoot.report.measured import value_text
 from surefoot.report.read import Table, listing, mapping
 
@@ -77,6 +77,19 @@ def certified(document: dict[str, Any]) -> Certified | None:
     )
 
 
+def certificate_page(document: dict[str, Any]) -> dict[str, Any]:
+    """The template's variables for a document of format `surefoot.certified` without a run."""
+    return {
+        "kind": "certificate",
+        "title": str(document.get("title") or "Untitled"),
+        "status": "finished",
+        "verdict": "",
+        "message": "",
+        "subject": [],
+        "certified": certified(document),
+    }
+
+
 def outcome_text(verdict: dict[str, Any]) -> str:
     """`PROVED`, `NOT PROVED` or `REFUTED`."""
     return _OUTCOMES.get(str(verdict.get("outcome")), "NOT PROVED")
@@ -88,10 +101,15 @@ def certified_rows(document: dict[str, Any]) -> list[list[Row]]:
     samples, rows, outputs = document.get("samples"), document.get("rows"), document.get("outputs")
     of_all = "all of them" if samples == rows else f"the first of {number(rows)}: no word of the others"
     layers = "the last dense layer on frozen features" if document.get("layers") == "last" else "all layers"
+    polished = "then polished" if document.get("polishing") else ""
     about: list[Row] = [
         ("training rows", number(samples), of_all),
         ("outputs a row", number(outputs), f"loss {document.get('loss')}; {layers}"),
-        ("weights after step", number(document.get("step")), "then polished" if document.get("polishing") else ""),
+        (
+            ("weights after step", number(document["step"]), polished)
+            if document.get("step") is not None
+            else ("weights", MISSING, "as the model came" + (f", {polished}" if polished else ""))
+        ),
     ]
     constants = [
         (str(m.get("name")), value_text(m), str(m.get("how") or "")) for m in _entries(verdict, "measurements")

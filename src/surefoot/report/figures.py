@@ -68,14 +68,16 @@ def median_window(rows: int) -> int:
     return 1 if rows < _CLOUD else 2 * (rows // 120) + 1
 
 
-def loss(step: Array, values: Array, label: str) -> str:
-    """Training loss over the steps; log scale where it spans a decade."""
+def loss(step: Array, values: Array, label: str, switch: float | None = None) -> str:
+    """Training loss over the steps; log scale where it spans a decade; a line where another phase begins."""
 
     def paint(figure: "Figure", compact: bool) -> None:
         axes = _single(figure, compact)
         _curve(axes, step, values)
         value_axis(axes, values, log=spans_a_decade(known(values)))
         step_axis(axes, step, compact)
+        if switch is not None:
+            axes.axvline(switch, color=colour("guide"), linewidth=1.2, linestyle=(0, (5, 3)))
 
     return draw("fig-loss", label, paint, wide=280, compact=250)
 
@@ -146,8 +148,10 @@ def gradient_norm(step: Array, norm: Array, guides: Sequence[Guide], regimes: Se
     return draw("fig-norm", label, paint, wide=320, compact=300)
 
 
-def multiplier(step: Array, values: Array, guides: Sequence[Guide], label: str) -> str:
-    """The factor between gradient and step, with the lines that bound it."""
+def multiplier(
+    step: Array, values: Array, guides: Sequence[Guide], label: str, figure_id: str = "fig-multiplier"
+) -> str:
+    """The factor between gradient and step, or another positive number, with the lines that bound it."""
 
     def paint(figure: "Figure", compact: bool) -> None:
         axes = _single(figure, compact)
@@ -156,7 +160,7 @@ def multiplier(step: Array, values: Array, guides: Sequence[Guide], label: str) 
         _curve(axes, step, values)
         _guides(axes, step, guides)
 
-    return draw("fig-multiplier", label, paint, wide=260, compact=250)
+    return draw(figure_id, label, paint, wide=260, compact=250)
 
 
 def step_length(step: Array, values: Array, guides: Sequence[Guide], label: str) -> str:

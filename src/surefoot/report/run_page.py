@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from surefoot.report import figures, rules
 from surefoot.report.certified import certified
 from surefoot.report.drawing import Drawing
+from surefoot.report.explored import explored
 from surefoot.report.figures import REGIMES
 from surefoot.report.formats import (
     MISSING,
@@ -59,23 +62,24 @@ def run_page(document: dict[str, Any]) -> dict[str, Any]:
         "tiles": _tiles(summary),
         "segments": segments(counts),
         "regime_label": ", ".join(f"{regime} {n:,}" for regime, n in counts.items()),
-        "regime_title": _regime_title(sum(counts.values())),
+        "regime_title": _regime_title(sum(counts.values()), " of exploration" if document.get("explored") else ""),
         "sentence": sentence,
         "reading": _reading(document, series.rows),
         "learning": _learning(document, series),
         "stepping": _stepping(series, rule),
-        "smoothness": _smoothness(mapping(document, "smoothness")),
+        "smoothness": smoothness_drawing(mapping(document, "smoothness")),
         "certified": certified(mapping(document, "certificate")),
+        "explored": explored(mapping(document, "explored")),
         "measured": measured(mapping(document, "measurements")),
         "definitions": rules.definitions(rule),
         "tables": tables(document, ("config", "telemetry", "data", "model", "environment")),
     }
 
 
-def _regime_title(total: int) -> str:
+def _regime_title(total: int, of: str) -> str:
     if total < 2:
         return "Which regime the step was in" if total else "Regimes of the steps"
-    return f"Which regime the {total:,} steps were in"
+    return f"Which regime the {total:,} steps{of} were in"
 
 
 def frame(document: dict[str, Any], what: str) -> dict[str, Any]:
@@ -175,11 +179,19 @@ def _is_share(name: str) -> bool:
 
 
 def _learning(document: dict[str, Any], series: Table) -> list[Drawing]:
+    out: list[Drawing] = []
     step, values = series.numbers("step"), series.numbers("loss")
-    out = []
-    if series.rows:
-        svg = "" if figures.nothing_to_draw(values) else figures.loss(step, values, f"Loss: {figures.describe(values)}")
-        out.append(Drawing("fig-loss", "Training loss", _caption(svg, "The loss on each step's batch."), svg))
+    text, switch = "The loss on each step's batch.", None
+    last = Table(mapping(mapping(document, "explored"), "series"), "explored.series")
+    if last.rows:
+        step = np.concatenate([step, last.numbers("step")])
+        values = np.concatenate([values, last.numbers("loss")])
+        switch = float(last.numbers("step")[0])
+        text += " From the line on the last layer alone is trained, and it is the loss of all rows."
+    if values.size:
+        label = f"Loss: {figures.describe(values)}"
+        svg = "" if figures.nothing_to_draw(values) else figures.loss(step, values, label, switch)
+        out.append(Drawing("fig-loss", "Training loss", _caption(svg, text), svg))
     evals = Table(mapping(document, "evals"), "evals")
     panels = []
     for name in evals.names():
@@ -258,7 +270,7 @@ def _length(step: figures.Array, series: Table, rule: rules.Rule) -> Drawing:
     return Drawing("fig-step-length", "Step length", _caption(svg, text), svg)
 
 
-def _smoothness(probed: dict[str, Any]) -> Drawing | None:
+def smoothness_drawing(probed: dict[str, Any]) -> Drawing | None:
     """What the smoothness probe saw; None where there was none."""
     if not probed:
         return None

@@ -32,8 +32,8 @@ def check_subject(job: Job, layers: Layers, what: str) -> None:
         )
     if loss == "cross-entropy" and layers == "all":
         raise InputError(
-            f"{what}: --loss cross-entropy has no smallest value that is reached; train with --loss mse, or certify "
-            "the last layer alone: surefoot certify RUN --layers last"
+            f"{what}: --loss cross-entropy has no smallest value that is reached; give (and train with) --loss mse, or "
+            "certify the last layer alone, by --layers last of surefoot certify"
         )
 
 
@@ -45,7 +45,7 @@ def rows_of(job: Job, samples: int | None = None) -> tuple[Tensor, Tensor]:
     """
     x, y = job.data.train_x, job.data.train_y
     if samples is not None and not 1 <= samples <= len(x):
-        raise InputError(f"--samples {samples} is not between 1 and the run's {len(x):,} training rows")
+        raise InputError(f"--samples {samples} is not between 1 and the {len(x):,} training rows")
     x, y = x[:samples], y[:samples]
     return x, job.objective.wanted(y, torch.float64).double() if job.objective.loss == "mse" else y
 
@@ -71,7 +71,7 @@ def describe(
         "rows": len(job.data.train_x),
         "outputs": job.objective.outputs,
         "lr_max": lr_max,
-        "rule": None if lr_max is None else _rule(job.config, lr_max),
+        "rule": rule(job.config, lr_max),
         "polishing": None,
         "notes": list(notes),
     }
@@ -115,11 +115,13 @@ def remove_certificate(run: Path) -> None:
 
 def in_options(message: str) -> str:
     """Return a message of the library in the words of the command line."""
-    return message.replace("certify(..., layers='last')", "surefoot certify RUN --layers last")
+    return message.replace("certify(..., layers='last')", "--layers last of surefoot certify")
 
 
-def _rule(config: TrainConfig, lr_max: float) -> str:
-    """Say in the run's own options which steps are covered."""
+def rule(config: TrainConfig, lr_max: float | None) -> str | None:
+    """Say in a run's own options which steps are covered; None where lr_max is."""
+    if lr_max is None:
+        return None
     lr = certified_lr(config, lr_max)
     used = "" if config.lr is None else f" (this run used {config.lr:g})"
     if config.optimizer == "normalized-gd" and config.beta:

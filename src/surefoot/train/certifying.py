@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surefoot.certificates import Certificate, NoRule, certify
 from surefoot.errors import InputError
 from surefoot.theorems.verdict import Verdict
-from surefoot.train.certified_run import Layers, check_subject, describe, in_options, rows_of
+from surefoot.train.certified_run import Layers, check_subject, describe, in_options, rows_of, rule
 from surefoot.train.document import read_run
 from surefoot.train.job import Job
 from surefoot.train.record import json_number
@@ -48,7 +48,7 @@ def certify_subject(
     """Certify the training rows of a run, and return the verdict and its document, certificate.json.
 
     Args:
-        subject: the run at its newest checkpoint.
+        subject: the run at its newest checkpoint, or a model as its factory made it and data.
         layers: "all", or "last" for the last dense layer on frozen features.
         polish: first move a copy of the weights to where the certificate fires (all layers only).
         samples: certify the first so many training rows, and say so; None: all.
@@ -59,10 +59,11 @@ def certify_subject(
         InputError: the loss, a module or a number has no certificate.
     """
     job, began = subject.job, time.monotonic()
-    check_subject(job, layers, f"RUN {subject.folder}")
+    check_subject(job, layers, f"--model {job.config.model}" if subject.folder is None else f"RUN {subject.folder}")
     x, y = rows_of(job, samples)
     which = "training rows" if len(x) == subject.rows else f"first {len(x):,} of the {subject.rows:,} training rows"
-    source = f"the {which} of {job.data.name}, at {subject.weights} of {job.title}"
+    title = job.title if subject.folder is not None else job.title.rpartition(", ")[0]
+    source = f"the {which} of {job.data.name}, at {subject.weights} of {title}"
     options: dict[str, Any] = {"loss": job.objective.loss, "layers": layers, "epsilon": epsilon, "source": source}
     try:
         verdict = certify(job.model, x, y, polish=polish and layers == "all", progress=tell, **options)
@@ -73,6 +74,8 @@ def certify_subject(
         statement = verdict.certificate.statement + said
         verdict = verdict.with_certificate(replace(verdict.certificate, statement=statement))
     document = describe(verdict, job, subject.step, samples=len(x), layers=layers, notes=subject.notes)
+    if subject.folder is None:
+        document |= {"title": title, "step": None, "rule": rule(replace(job.config, lr=None), document["lr_max"])}
     if verdict.certificate is not None and polish and layers == "all":
         document["polishing"] = _polishing(job, x, y, verdict.certificate)
     return verdict, document | {"seconds": time.monotonic() - began}

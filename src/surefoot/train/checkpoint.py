@@ -24,7 +24,13 @@ KEEP = 2
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any], team: Team
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: dict[str, Any],
+    team: Team,
+    extra: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN with model.safetensors, optimizer.safetensors and state.json; keep the newest two.
 
@@ -35,6 +41,7 @@ def save_checkpoint(
         optimizer: its state dictionary is saved.
         progress: what else the loop needs, as strict JSON.
         team: every rank hands in its parts, rank 0 writes them whole: a checkpoint knows nothing of ranks.
+        extra: more tensors, in extra.safetensors; see `load_extra`.
     """
     weights, aliases = _unique(_whole_state(model))
     state = optimizer.state_dict()
@@ -69,6 +76,7 @@ def save_checkpoint(
                 "model.safetensors": save(weights),
                 "optimizer.safetensors": save({k: v.detach().contiguous().clone() for k, v in tensors.items()}),
                 "state.json": json.dumps(document, allow_nan=False).encode(),
+                **({"extra.safetensors": save(extra)} if extra else {}),
             },
         )
         for old in checkpoints(folder)[:-KEEP]:
@@ -111,6 +119,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple
     groups = [{k: float("inf") if v == "inf" else v for k, v in group.items()} for group in document["param_groups"]]
     optimizer.load_state_dict({**top, "state": state, "param_groups": groups})
     return document["step"], document["progress"]
+
+
+def load_extra(path: Path) -> dict[str, Tensor]:
+    """Return the `extra` tensors of a checkpoint; none where it was saved without."""
+    file = path / "extra.safetensors"
+    try:
+        return load(file.read_bytes()) if file.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoint {path} cannot be read ({error}); delete it to go on from the one before"
+        ) from error
 
 
 def remove_leftovers(folder: Path) -> None:

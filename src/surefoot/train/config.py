@@ -117,6 +117,20 @@ class TrainConfig:
     """Try for a certificate along the way, and stop once there is one; exit code 1 if there is none at the end."""
     check_certificate: bool = False
     """After the certificate take the steps it covers to the end, and stop with exit code 1 should one contradict it."""
+    from_certificate: str | None = None
+    """Begin at the weights of the certificate in this folder, on its rows, and hold every step against it."""
+    explore_exploit: bool = False
+    """Train everything for a part of the steps, then freeze all but the last layer and finish it under a verdict."""
+    tau: float | None = None
+    """The part of the steps that explores, in [0, 1) (0.6)."""
+    noise: float | Literal["auto"] | None = None
+    """Standard deviation of what is added to each hidden weight before they are frozen, 0 for none (auto)."""
+    solver: Literal["gd", "delta-gclip", "sgd", "direct", "newton-cg"] | None = None
+    """Of the last layer: gd and delta-gclip under a bound at each step, direct to the end at once (gd)."""
+    widen: int | Literal["auto"] | None = None
+    """Put a hidden layer of so many units in front of the last one; auto: twice the rows, where it is too narrow."""
+    head: str | None = None
+    """The name of the last linear layer (found)."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, mps ..."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -168,6 +182,7 @@ class TrainConfig:
                 f"--probe-smoothness {self.probe_smoothness} needs whole parameters, and --parallel fsdp cuts them up; "
                 "use --parallel ddp"
             )
+        filled |= self._explore_exploit()
         if self.warmup < 0:
             raise InputError(f"--warmup {self.warmup} is negative; give a number of steps, 0 for none")
         if not self.checkpoint_seconds > 0:
@@ -177,6 +192,35 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed} is outside [0, 2^63)")
         return dataclasses.replace(self, **filled)
+
+    def _explore_exploit(self) -> dict[str, Any]:
+        """Check the options of --explore-exploit and return their defaults; nothing where it is not asked for."""
+        for name in ("tau", "noise", "solver", "widen", "head"):
+            value = getattr(self, name)
+            if value is not None and not self.explore_exploit:
+                raise InputError(f"{flag(name)} {value} has no effect without --explore-exploit; give both, or neither")
+        if not self.explore_exploit:
+            return {}
+        for name, why in (
+            ("until_certified", "each ends the run in its own way"),
+            ("from_certificate", "one freezes the hidden layers, the other is about all weights"),
+            ("check_certificate", "one freezes the hidden layers, the other is about all weights"),
+        ):
+            if getattr(self, name):
+                raise InputError(f"--explore-exploit and {flag(name)} contradict each other: {why}; give one")
+        if self.parallel != "none":
+            raise InputError(f"--explore-exploit runs in one process; leave --parallel {self.parallel} out")
+        tau, noise = 0.6 if self.tau is None else float(self.tau), "auto" if self.noise is None else self.noise
+        if not 0 <= tau < 1:
+            raise InputError(
+                f"--tau {tau:g} is outside [0, 1); 0.6 explores for six tenths of the steps, 0 freezes the features as "
+                "they are at first"
+            )
+        if noise != "auto" and not 0 <= noise < math.inf:
+            raise InputError(f"--noise {noise:g} is outside [0, infinity); 0 adds none, auto chooses")
+        if self.widen is not None and self.widen != "auto" and self.widen < 1:
+            raise InputError(f"--widen {self.widen} is too small; give a number of units, or auto")
+        return {"tau": tau, "noise": noise, "solver": self.solver or "gd"}
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as a flat JSON object; infinity as the string "inf"."""

@@ -13,10 +13,19 @@ from surefoot.measure.smoothness_fit import POINTS, fit_smoothness
 from surefoot.optim.telemetry import REGIMES
 from surefoot.train.files import write_json
 from surefoot.train.probing import observations
-from surefoot.train.record import CERTIFIED_COLUMNS, SMOOTHNESS_COLUMNS, STEP_COLUMNS, Table, json_number, thinned
+from surefoot.train.record import (
+    CERTIFIED_COLUMNS,
+    LAST_LAYER_COLUMNS,
+    SMOOTHNESS_COLUMNS,
+    STEP_COLUMNS,
+    Table,
+    json_number,
+    thinned,
+)
 
 FORMAT, VERSION = "surefoot.run", 1
 CERTIFIED = "certificate.json"
+EXPLORED = "explored.json"
 
 
 def read_run(folder: Path, option: str = "RUN") -> dict[str, Any]:
@@ -80,9 +89,13 @@ def _smoothness(head: dict[str, Any], table: Table | None) -> dict[str, Any]:
 
 
 def with_additions(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a run's document with what `surefoot measure` and `surefoot certify` have left in its folder."""
+    """Return a run's document with what else its folder holds: measurements, a certificate, explore/exploit."""
     additions: dict[str, Any] = {}
-    for key, name, again in (("measurements", "measurements.json", "measure"), ("certificate", CERTIFIED, "certify")):
+    for key, name, again in (
+        ("measurements", "measurements.json", "measure"),
+        ("certificate", CERTIFIED, "certify"),
+        ("explored", EXPLORED, "train"),
+    ):
         path = folder / name
         if path.is_file():
             try:
@@ -93,6 +106,10 @@ def with_additions(document: dict[str, Any], folder: Path) -> dict[str, Any]:
         table = Table(CERTIFIED_COLUMNS)
         table.load(folder / "certified.parquet", through=2**62)
         additions["certificate"]["series"] = _some(table)
+    if "explored" in additions and (folder / "last_layer.parquet").is_file():
+        table = Table(LAST_LAYER_COLUMNS)
+        table.load(folder / "last_layer.parquet", through=2**62)
+        additions["explored"]["series"] = _some(table)
     return {**document, **additions}
 
 
@@ -124,7 +141,7 @@ def _from_rows(head: dict[str, Any], steps: dict[str, list[Any]], evals: dict[st
     metric = head["metric"]
     seconds, rows = head["seconds"], head["rows"]
     summary = {
-        "steps": len(steps["step"]),
+        "steps": len(steps["step"]) + head.get("last_layer_steps", 0),
         "epochs": steps["epoch"][-1] if steps["step"] else 0.0,
         "seconds": seconds,
         "rows_per_second": rows / seconds if seconds else None,

@@ -91,6 +91,7 @@ def head_name(model: nn.Module, inputs: Any, head: str | None = None) -> str:
         InputError: there is none, or another; it is used twice, shares its weights or lacks a bias; features are
             random in eval mode.
     """
+    check_has_linear(model)
     if head is not None:
         linear(model, head)
     _check_finite(model, inputs)
@@ -122,6 +123,21 @@ def head_name(model: nn.Module, inputs: Any, head: str | None = None) -> str:
             f"dropout that eval() does not reach (F.dropout without training=self.training?); dropouts: {random[:5]}"
         )
     return name
+
+
+def check_has_linear(model: nn.Module) -> list[str]:
+    """Return the names of the model's linear layers.
+
+    Raises:
+        InputError: there is none; what it is made of is said.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not names:
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise InputError(
+            f"model={type(model).__name__} has no nn.Linear for a last layer; it is made of {', '.join(kinds)}"
+        )
+    return names
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

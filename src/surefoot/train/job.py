@@ -24,6 +24,7 @@ from surefoot.train.config import TrainConfig
 from surefoot.train.distributed import ALONE, Team, local_device
 from surefoot.train.objective import Objective, choose_loss
 from surefoot.train.optimizers import Stepper
+from surefoot.train.widening import widen_for_rank
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -79,7 +80,9 @@ def prepare(config: TrainConfig) -> Job:
     Raises:
         InputError: an option that makes no sense, with the fix.
     """
-    config = config.resolved()
+    from surefoot.train.certified_start import at_certificate, with_covered_lr  # which know what a job is
+
+    config = (config if config.from_certificate is None else with_covered_lr(config)).resolved()
     device = _device(local_device(config.device))
     dtype = DTYPES[config.dtype]
     data = load(
@@ -106,6 +109,7 @@ def prepare(config: TrainConfig) -> Job:
         depth=config.depth,
         activation=config.activation,
     ).to(device=device, dtype=dtype)
+    widen_for_rank(model, config, len(data.train_x), data.train_x[:3].to(device))
     x, y = data.train_x[:2].to(device), data.train_y[:2].to(device)
     check_shapes(model, x, y, task=data.task, outputs=data.outputs, loss=loss)
     rows = len(data.train_x)
@@ -122,7 +126,7 @@ def prepare(config: TrainConfig) -> Job:
         else config.data,
         model=_absolute_model(config.model),
     )
-    return Job(
+    job = Job(
         config=config,
         device=device,
         data=data,
@@ -136,6 +140,7 @@ def prepare(config: TrainConfig) -> Job:
         team=ALONE,
         forward=model,
     )
+    return job if config.from_certificate is None else at_certificate(job)
 
 
 def _device(name: str) -> torch.device:

@@ -15,21 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.errors import InputError
+from surefoot.measure.features import FeatureRank
 from surefoot.optim.telemetry import REGIMES
 from surefoot.train.batches import batch_rows
 from surefoot.train.certified_steps import Violation
-from surefoot.train.checkpoint import checkpoints, load_checkpoint, remove_leftovers, save_checkpoint
+from surefoot.train.checkpoint import checkpoints, load_checkpoint, load_extra, remove_leftovers, save_checkpoint
 from surefoot.train.config import TrainConfig, read_config
 from surefoot.train.distributed import joined, shares, without_sync
 from surefoot.train.document import FORMAT, VERSION, read_run, update_run
 from surefoot.train.environment import environment
+from surefoot.train.exploring import Exploring, ask, explorable, in_options
 from surefoot.train.files import write_json
 from surefoot.train.job import Job, prepare, repeatable
 from surefoot.train.probing import Probing
 from surefoot.train.progress import Progress
 from surefoot.train.record import STEP_COLUMNS, Table
 from surefoot.train.schedule import lr_factor
-from surefoot.train.until_certified import UntilCertified, checked
+from surefoot.train.until_certified import UntilCertified, certifies, checked
 
 
 class Diverged(Exception):
@@ -54,16 +56,17 @@ def train(config: TrainConfig, out: Path, *, quiet: bool = False) -> dict[str, A
     """
     with joined(config.parallel, config.device) as team:
         team.on_main(lambda: check_out(out))
-        job = team.agree(lambda: checked(prepare(config)))
+        job = team.agree(lambda: explorable(checked(prepare(config))))
 
         def begin() -> None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "config.json", job.config.to_json())
             write_json(out / "data.json", job.data.statistics)
 
-        team.on_main(begin)
         with repeatable(job.config.threads):
-            return _Run(job.spread(team), out, quiet).go()
+            untrained = ask(job) if job.config.explore_exploit else None
+            team.on_main(begin)
+            return _Run(job.spread(team), out, quiet, untrained).go()
 
 
 def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = False) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def resume(folder: Path, config: TrainConfig | None = None, *, quiet: bool = Fal
         return document
     with joined(stored.parallel, stored.device) as team:
         team.on_main(lambda: remove_leftovers(folder))
-        job = team.agree(lambda: checked(prepare(stored)))
+        job = team.agree(lambda: explorable(checked(prepare(stored))))
 
         def begin() -> None:
             if document is not None and document["data"]["fingerprint"] != job.data_summary()["fingerprint"]:
@@ -121,7 +124,7 @@ def _differences(stored: TrainConfig, wanted: TrainConfig) -> list[str]:
 class _Run:
     """A job in its folder."""
 
-    def __init__(self, job: Job, folder: Path, quiet: bool) -> None:
+    def __init__(self, job: Job, folder: Path, quiet: bool, untrained: FeatureRank | None = None) -> None:
         self.job, self.folder, self.team = job, folder, job.team
         self.quiet = quiet or not job.team.main
         self.step = 0
@@ -129,7 +132,8 @@ class _Run:
         self.metrics = Table(STEP_COLUMNS)
         self.evals = Table(tuple(dict.fromkeys(["step", "epoch", "train_loss", "test_loss", self.metric.column])))
         self.probing = Probing(job) if job.config.probe_smoothness is not None else None
-        self.certifying = UntilCertified(job, folder, quiet=self.quiet) if job.config.until_certified else None
+        self.certifying = UntilCertified(job, folder, quiet=self.quiet) if certifies(job.config) else None
+        self.exploring = Exploring(job, folder, untrained, quiet=self.quiet) if job.config.explore_exploit else None
         self.status, self.message = "running", ""
         self.counts: Counter[str] = Counter()
         self.environment = {**environment(job.device), "processes": job.team.size}
@@ -148,7 +152,9 @@ class _Run:
         self._restore()
         self._write_document()
         if self.step == 0 and not len(self.evals):
-            self._evaluate()
+            evaluation = self._evaluate()
+            if self.exploring is not None and self.exploring.due(0):
+                self._freeze(evaluation)
             self._save()
         self.counts.update(self.metrics.columns["regime"])
         began, saved = time.monotonic(), time.monotonic()
@@ -163,16 +169,19 @@ class _Run:
         ):
             try:
                 while self.step < job.steps and not stop and not self.certified:
-                    row, rows = self._take_step()
+                    if self.exploring is not None and self.exploring.exploiting:
+                        self._exploit(self.exploring, progress, events)
+                    else:
+                        self._explore(progress, events)
                     self.seconds = before + time.monotonic() - began
-                    self.rows += rows
-                    events.step(row)
-                    counts = {name: self.counts[name] for name in REGIMES}
-                    progress.update(self.step, rows, row["loss"], row["grad_norm"], counts)
-                    if self.certifying is not None:
-                        self.certifying.after_step(self.step, row)
-                    if self.step % job.eval_every == 0 or self.step == job.steps or self.certified:
-                        events.evaluation(self._evaluate())
+                    freeze = self.exploring is not None and self.exploring.due(self.step)
+                    if self.step % job.eval_every == 0 or self.step == job.steps or self.certified or freeze:
+                        evaluation = self._evaluate()
+                        events.evaluation(evaluation)
+                        if freeze:
+                            self._freeze(evaluation)
+                        elif self.exploring is not None and self.step == job.steps:
+                            self.exploring.finish(evaluation)
                     due = self.team.main and time.monotonic() - saved >= job.config.checkpoint_seconds
                     stop, save = self.team.sum([len(interrupted), due])  # what one knows, all know
                     if save:
@@ -192,6 +201,47 @@ class _Run:
                 else:
                     self.status = "finished"
         return self._write_document()
+
+    def _explore(self, progress: Progress, events: _Events) -> None:
+        """Take a step of the optimizer, on all weights."""
+        row, rows = self._take_step()
+        self.rows += rows
+        events.step(row)
+        counts = {name: self.counts[name] for name in REGIMES}
+        progress.update(self.step, rows, row["loss"], row["grad_norm"], counts)
+        if self.certifying is not None:
+            self.certifying.after_step(self.step, row)
+
+    def _exploit(self, exploring: Exploring, progress: Progress, events: _Events) -> None:
+        """Take some steps of the last layer, to the next evaluation at most."""
+        every = self.job.eval_every
+        try:
+            rows = exploring.go_on(min(self.job.steps, (self.step // every + 1) * every))
+        except InputError as error:
+            raise Diverged(in_options(str(error))) from error
+        self.step = exploring.machine.steps_taken
+        events.last_layer(rows)
+        progress.last_layer(self.step, rows[-1]["loss"], rows[-1]["bound"])
+
+    def _freeze(self, evaluation: dict[str, Any]) -> None:
+        """End the exploration; the checkpoint that goes with it is the next one."""
+        assert self.exploring is not None
+        job = self.job
+
+        def again() -> dict[str, float]:
+            with job.precision():
+                return job.objective.evaluate(
+                    job.model, job.data.test_x, job.data.test_y, rows=self._rows_at_once, device=job.device
+                )
+
+        try:
+            self.exploring.switch(self.step, evaluation, again)
+        except InputError as error:
+            raise Diverged(f"--explore-exploit, at step {self.step}: {in_options(str(error))}") from error
+
+    @property
+    def _rows_at_once(self) -> int:
+        return min(1000, max(self.job.batch_size, 64))
 
     def _take_step(self) -> tuple[dict[str, Any], int]:
         job, config = self.job, self.job.config
@@ -253,11 +303,12 @@ class _Run:
         job = self.job
         since = self.evals.columns["step"][-1] if len(self.evals) else 0
         losses = self.metrics.columns["loss"][since:]
-        rows = min(1000, max(job.batch_size, 64))
+        if self.exploring is not None:
+            losses += self.exploring.losses(since)
         self.team.share_buffers(job.model)
         x, y = job.data.test_x, job.data.test_y
         with job.precision():
-            result = job.objective.evaluate(job.model, x, y, rows=rows, device=job.device, team=self.team)
+            result = job.objective.evaluate(job.model, x, y, rows=self._rows_at_once, device=job.device, team=self.team)
         row = {
             "step": self.step,
             "epoch": self.step / job.per_epoch,
@@ -269,9 +320,12 @@ class _Run:
 
     def _save(self) -> None:
         self._write_rows()
-        progress = {"seconds": self.seconds, "rows": self.rows}
+        progress: dict[str, Any] = {"seconds": self.seconds, "rows": self.rows}
+        tensors = None
+        if self.exploring is not None:
+            progress["exploring"], tensors = self.exploring.save(self.step)
         folder, job = self.folder / "checkpoints", self.job
-        save_checkpoint(folder, self.step, job.model, job.stepper.optimizer, progress, self.team)
+        save_checkpoint(folder, self.step, job.model, job.stepper.optimizer, progress, self.team, tensors)
 
     def _write_rows(self) -> None:
         def write() -> None:
@@ -281,6 +335,8 @@ class _Run:
                 self.probing.table.write(self.folder / "smoothness.parquet")
             if self.certifying is not None:
                 self.certifying.write()
+            if self.exploring is not None:
+                self.exploring.write()
 
         self.team.on_main(write)
 
@@ -296,6 +352,8 @@ class _Run:
             self.probing.table.load(self.folder / "smoothness.parquet", through=self.step)
         if self.certifying is not None:
             self.certifying.restore(self.step)
+        if self.exploring is not None:
+            self.exploring.restore(progress["exploring"], load_extra(found[-1]), self.step)
 
     def _write_document(self) -> dict[str, Any]:
         job, metric = self.job, self.metric
@@ -313,6 +371,7 @@ class _Run:
             "total_steps": job.steps,
             "seconds": self.seconds,
             "rows": self.rows,
+            **({"last_layer_steps": self.exploring.taken} if self.exploring is not None else {}),
         }
         smoothness = self.probing.table if self.probing is not None else None
         return self.team.on_main(lambda: update_run(self.folder, head, self.metrics, self.evals, smoothness))
@@ -341,6 +400,13 @@ class _Events:
             self.writer.add_scalar("grad_norm/postclip", row["scale"] * row["grad_norm"], row["step"])
             self.writer.add_scalar("step_length", row["step_length"], row["step"])
 
+    def last_layer(self, rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            if row["step"] % self.every == 0:
+                self.writer.add_scalar("last_layer/loss", row["loss"], row["step"])
+                if math.isfinite(row["bound"]):
+                    self.writer.add_scalar("last_layer/bound", row["bound"], row["step"])
+
     def evaluation(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
             if name not in ("step", "epoch"):
@@ -357,6 +423,9 @@ class _NoEvents(_Events):
         pass
 
     def step(self, row: dict[str, Any]) -> None:
+        pass
+
+    def last_layer(self, rows: list[dict[str, float]]) -> None:
         pass
 
     def evaluation(self, row: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ def measure(
     *,
     samples: int | None = None,
     asked: bool = False,
+    expressivity: bool = False,
     tell: Callable[[str, float], None] = lambda what, part: None,
 ) -> dict[str, Any]:
     """Measure what can be afforded, and return the document of it, measurements.json.
@@ -60,6 +61,7 @@ def measure(
         names: some of `NAMES`.
         samples: of the Gram and the features; None: as many as the budget allows.
         asked: the names were asked for one by one: what is impossible among them is an error, not left out.
+        expressivity: the question is whether the last layer alone fits all rows.
         tell: called with what is done next and the part of the budget that is spent.
 
     Raises:
@@ -68,6 +70,8 @@ def measure(
     planner = Planner(seconds)
     subject = make()
     with repeatable(subject.job.config.threads):
+        if expressivity and samples is None:
+            samples = subject.rows  # the question is about all of them
         probes = Probes(subject, samples, seconds)
         tell("finding out what things cost", planner.spent / seconds)
         if names != ("features",):
@@ -100,4 +104,5 @@ def measure(
             for e in planner.left_out
         ],
         "notes": [*subject.notes, *probes.notes],
+        **({"expressivity": probes.expressivity} if expressivity else {}),
     }

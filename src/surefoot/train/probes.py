@@ -49,6 +49,7 @@ class Probes:
         self.found: list[Measurement] = []
         self.series: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.expressivity: dict[str, Any] | None = None  # whether the last layer alone fits anything, in plain values
         self._algebra: tuple[int, float] | None = None
         if samples is not None and samples > subject.rows:
             raise InputError(f"--samples {samples} is more than the {subject.rows:,} training rows; give at most those")
@@ -296,6 +297,16 @@ class Probes:
         notes.append(
             f"rank {found.samples:,}, with which the last layer alone fits any targets, {verdict[found.status]}"
         )
+        self.expressivity = {
+            "status": found.status,
+            "samples": n,
+            "rows": self.subject.rows,
+            "columns": found.columns,
+            "width": found.samples - bias,
+            "s_min": found.s_min.value,
+            "layer": layer[0],
+            "duplicates": [list(group) for group in found.duplicates],
+        }
         self.found += [dataclasses.replace(found.rank_at_least, notes=tuple(notes)), found.rank_at_most]
         self.found += [dataclasses.replace(m, samples=n) for m in (found.s_min, found.s_max)]
         if math.isfinite(found.steps.value):

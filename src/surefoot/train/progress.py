@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -55,18 +56,32 @@ class Progress:
     def update(self, step: int, rows: int, loss: float, norm: float, counts: dict[str, int]) -> None:
         """Count a step of `rows` rows, and say something if it is time to."""
         self.rows += rows
-        now = time.monotonic()
-        pause = 0.2 if self.live is not None else self.every
-        if self.quiet or (now - self.last < pause and step < self.steps):
+        if not self._is_time(step):
             return
-        self.last = now
         total = max(1, sum(counts.values()))
         regimes = " ".join(f"{name} {n / total:.0%}" for name, n in counts.items() if n)
-        left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+        left = (self.last - self.began) / max(1, step - self.start) * (self.steps - step)
         line = (
             f"step {step}/{self.steps}  loss {loss:.4g}  |g| {norm:.3g}  {regimes}  "
             f"{self.rows_per_second:,.0f} rows/s  {duration(left)} left"
         )
+        self._show(step, line)
+
+    def last_layer(self, step: int, loss: float, bound: float) -> None:
+        """Say where the last layer stands, if it is time to."""
+        if self._is_time(step):
+            under = f" <= {bound:.4g}" if math.isfinite(bound) else ""
+            self._show(step, f"step {step}/{self.steps}  last layer: loss {loss:.4g}{under}")
+
+    def _is_time(self, step: int) -> bool:
+        now = time.monotonic()
+        pause = 0.2 if self.live is not None else self.every
+        if self.quiet or (now - self.last < pause and step < self.steps):
+            return False
+        self.last = now
+        return True
+
+    def _show(self, step: int, line: str) -> None:
         if self.live is not None:
             self.live.update(self.task, completed=step, description=line)
         else:

@@ -33,6 +33,7 @@ SMOOTHNESS_COLUMNS = (
     "outcome",
     "ratios",
 )
+LAST_LAYER_COLUMNS = ("step", "loss", "bound")
 CERTIFIED_COLUMNS = ("step", "residual", "envelope", "distance", "path", "step_size")
 
 

@@ -1,5 +1,7 @@
 """`--until-certified`: attempts at a certificate in training; `--check-certificate`: the steps after it, checked.
 
+With `--from-certificate` the steps from the first on are checked.
+
 Attempts come at steps 50, 75, 112, ... and at the last. What changes between two of them is above all the residual,
 so an attempt first asks, by one forward pass, whether q = beta ||F - y||/s_min(J)^2
 could be small enough if s_min(J) had doubled and beta stayed the same; only then is the Gram worked out.
@@ -29,7 +31,9 @@ from surefoot.train.certified_run import (
     rows_of,
     write_certificate,
 )
+from surefoot.train.certified_start import begin
 from surefoot.train.certified_steps import CertifiedSteps, Step, Violation
+from surefoot.train.config import TrainConfig
 from surefoot.train.distributed import launched
 from surefoot.train.job import Job
 from surefoot.train.record import CERTIFIED_COLUMNS, Table
@@ -37,33 +41,44 @@ from surefoot.train.record import CERTIFIED_COLUMNS, Table
 FIRST, GROWTH = 50, 1.5
 
 
+def certifies(config: TrainConfig) -> bool:
+    """Whether a run has to do with a certificate."""
+    return config.until_certified or config.from_certificate is not None
+
+
 def checked(job: Job) -> Job:
-    """Return a job whose --until-certified and --check-certificate make sense, if they are given.
+    """Return a job whose --until-certified, --check-certificate, --from-certificate make sense, if they are given.
 
     Raises:
         InputError: what does not go together, or a module without a rule.
     """
     c = job.config
-    if c.check_certificate and not c.until_certified:
+    if c.check_certificate and not certifies(c):
         raise InputError("--check-certificate needs a certificate; give --until-certified too")
-    if not c.until_certified:
+    if not certifies(c):
         return job
+    given = "--until-certified" if c.until_certified else "--from-certificate"
+    if c.until_certified and c.from_certificate is not None:
+        raise InputError("--until-certified and --from-certificate contradict each other; give one")
+    if c.explore_exploit:
+        raise InputError(f"{given} and --explore-exploit contradict each other; give one")
     if c.parallel != "none" or launched():
-        raise InputError("--until-certified runs in one process; leave out torchrun and --parallel")
-    check_subject(job, "all", "--until-certified")
+        raise InputError(f"{given} runs in one process; leave out torchrun and --parallel")
+    check_subject(job, "all", given)
     try:
         read_layers(_twin(job.model), job.data.train_x[:1].double())
     except NoRule as error:
-        raise InputError(f"--until-certified: {in_options(str(error))}") from error
+        raise InputError(f"{given}: {in_options(str(error))}") from error
     if c.device != "cpu" or c.autocast != "none":
-        raise InputError("--until-certified needs the processor's own arithmetic; leave out --device and --autocast")
-    if c.check_certificate:
+        raise InputError(f"{given} needs the processor's own arithmetic; leave out --device and --autocast")
+    if c.check_certificate or c.from_certificate is not None:
         _check_rule(job)
     return job
 
 
 def _check_rule(job: Job) -> None:
     c = job.config
+    wish = "--check-certificate" if c.from_certificate is None else "--from-certificate"
     optimizer = f"--optimizer {c.optimizer}" + (" --beta 0" if c.beta == 0 else "")
     needs = [
         (c.dtype == "float64", f"--dtype {c.dtype}", "--dtype float64"),
@@ -74,11 +89,11 @@ def _check_rule(job: Job) -> None:
     ]
     for fits, given, fix in needs:
         if not fits:
-            raise InputError(f"{given} is no rule that a certificate covers; --check-certificate needs {fix}")
+            raise InputError(f"{given} is no rule that a certificate covers; {wish} needs {fix}")
     random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
     if any(isinstance(m, random) for m in job.model.modules()):
         raise InputError(
-            f"--check-certificate: --model {c.model} has dropout or batch norm, and trains another function than is "
+            f"{wish}: --model {c.model} has dropout or batch norm, and trains another function than is "
             "certified; leave these modules out"
         )
 
@@ -108,14 +123,17 @@ class UntilCertified:
         self.checking: Checking | None = None
         self.x, self.y = rows_of(job)
         self.done = False
+        if job.config.from_certificate is not None:
+            self._certified(begin(job, folder))
 
     def restore(self, step: int) -> None:
         """Go on at a step: with the certificate that stood then, or none."""
-        document = read_document(self.folder)
-        if document is None or document["verdict"]["outcome"] != Outcome.PROVED.value or document["step"] > step:
-            remove_certificate(self.folder)
-            return
-        self._certified(Certificate.load(self.folder / "certificate"))
+        if self.job.config.from_certificate is None:
+            document = read_document(self.folder)
+            if document is None or document["verdict"]["outcome"] != Outcome.PROVED.value or document["step"] > step:
+                remove_certificate(self.folder)
+                return
+            self._certified(Certificate.load(self.folder / "certificate"))
         if self.checking is not None and (self.folder / "certified.parquet").is_file():
             self.table.load(self.folder / "certified.parquet", through=step)
             self.checking.go_on(self.table)
@@ -159,7 +177,7 @@ class UntilCertified:
             self._tell(f"step {step}: no certificate yet, {_short(verdict)}")
 
     def _certified(self, certificate: Certificate) -> None:
-        if self.job.config.check_certificate:
+        if self.job.config.check_certificate or self.job.config.from_certificate is not None:
             self.checking = Checking(self.job, certificate, self.x, self.y)
         else:
             self.done = True

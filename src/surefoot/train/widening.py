@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from surefoot.errors import InputError
 from surefoot.models.mlp import activation_class
-from surefoot.train.expressivity import check_not_shared, linear
+from surefoot.train.config import TrainConfig
+from surefoot.train.expressivity import check_has_linear, check_not_shared, head_name, linear
 
 ANALYTIC = ("softplus", "tanh", "sigmoid", "gelu", "silu")
 
 
-def widen_last_hidden(
-    model: nn.Module, width: int, activation: str = "softplus", *, head: str | None = None
-) -> nn.Module:
+def widen_last_hidden(model: nn.Module, width: int, activation: str = "tanh", *, head: str | None = None) -> nn.Module:
     """Put a linear layer of `width` units and an activation in front of a model's last linear layer.
 
     The last layer is replaced, in place: Linear(m, C) becomes Linear(m, width), activation, Linear(width, C), all with
@@ -22,9 +21,9 @@ def widen_last_hidden(
 
     Args:
         model: plain, torchvision-like (`fc`) or of transformers (`classifier`, `score`); it is changed.
-        width: units, at least 1. Rank N needs N - 1 and up.
+        width: units, at least 1. Rank N needs N - 1 and up; 2 N are far better conditioned.
         activation: softplus, tanh, sigmoid, gelu or silu: analytic, so that rank N at one point means rank N almost
-            everywhere (surefoot, Prop. 12); relu is not.
+            everywhere (surefoot, Prop. 12); relu is not. The mean of tanh's features is near 0, which keeps s_1 small.
         head: the name of the last linear layer; None: the last one that the model holds.
 
     Returns:
@@ -39,7 +38,7 @@ def widen_last_hidden(
           (0): Linear(in_features=4, out_features=8, bias=True)
           (1): ReLU()
           (2): Linear(in_features=8, out_features=100, bias=True)
-          (3): Softplus(beta=1.0, threshold=20.0)
+          (3): Tanh()
           (4): Linear(in_features=100, out_features=2, bias=True)
         )
 
@@ -50,11 +49,7 @@ def widen_last_hidden(
     if activation not in ANALYTIC:
         raise InputError(f"activation={activation!r} must be analytic; choose one of {ANALYTIC}")
     act = activation_class(activation)()
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not names:
-        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
-        raise InputError(f"model={type(model).__name__} has no nn.Linear to widen; it is made of {', '.join(kinds)}")
-    name = names[-1] if head is None else head
+    name = check_has_linear(model)[-1] if head is None else head
     old = linear(model, name)
     if not name:
         raise InputError("model is itself a linear layer and cannot be replaced in place; wrap it in nn.Sequential")
@@ -72,3 +67,29 @@ def widen_last_hidden(
     else:
         setattr(parent, own, nn.Sequential(first, act, last))
     return model
+
+
+def widen_for_rank(model: nn.Module, config: TrainConfig, rows: int, few: Tensor) -> None:
+    """Widen a run's model as `--widen` says; "auto": to 2 N units of tanh, where it has fewer than N - 1.
+
+    Args:
+        model: it is changed.
+        config: of the run.
+        rows: N.
+        few: some of its rows, on the model's device.
+
+    Raises:
+        InputError: the model has no last layer that could be widened.
+    """
+    width = config.widen
+    if width is None:
+        return
+    try:
+        name = head_name(model, few, config.head)
+        if width == "auto":
+            if linear(model, name).in_features + 1 >= rows:
+                return
+            width = 2 * rows
+        widen_last_hidden(model, width, head=name)
+    except InputError as error:
+        raise InputError(f"--widen {config.widen}: {error}") from error
