@@ -15,7 +15,7 @@ from surefoot.measure.tangent import tangent_gram
 
 SCRIPT = Path(__file__).with_name("tangent_cases.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-SECONDS = 90.0
+SECONDS = 300  # a case takes ten; beside other work ten times as long
 
 
 @pytest.fixture(autouse=True)
